@@ -1,0 +1,1 @@
+"""jsparse: sparse LLaMA models in JAX."""

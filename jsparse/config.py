@@ -1,0 +1,552 @@
+"""Every setting of jsparse, as frozen dataclasses: YAML in, resolved YAML out.
+
+A choice between alternatives is a tagged union of small dataclasses, told apart in YAML by `type`:
+
+    activation: {type: fatrelu, threshold: 0.01}     # or just `activation: relu`
+
+Axis letters used in the whole project: B batch, T query position, S key position, D model width, F ffn width,
+N query heads, K key-value heads, H head dim, V vocabulary, E neuron blocks, L layers.
+"""
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, missing or out of range. The message is one line that names the field."""
+
+
+def check(condition: bool, where: str, expected: str, got: object) -> None:
+    """Raises ConfigError "`where`: expected ..., got ..." unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{where}: expected {expected}, got {got!r}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Silu:
+    type: ClassVar[str] = "silu"
+
+
+@dataclass(frozen=True)
+class Gelu:
+    type: ClassVar[str] = "gelu"
+    approximate: bool = False  # True: the tanh form, `gelu_pytorch_tanh` in Hugging Face configs
+
+
+@dataclass(frozen=True)
+class Relu:
+    type: ClassVar[str] = "relu"
+
+
+@dataclass(frozen=True)
+class ShiftedRelu:
+    """max(g - shift, 0): subtracts the shift, unlike FATReLU (ProSparse, baselines of section 4)."""
+
+    type: ClassVar[str] = "shifted_relu"
+    shift: float = 0.1
+
+
+@dataclass(frozen=True)
+class FatRelu:
+    """g where g >= threshold, else 0, on the gate's pre-activation (ProSparse Eq. 3)."""
+
+    type: ClassVar[str] = "fatrelu"
+    threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class Cett:
+    """ReLU whose neuron i is dropped where |relu(g_i) u_i| < threshold_i; one threshold a neuron, held in the params.
+
+    The thresholds are tau_l / ||W_down[i]||, tau_l solved for a relative output error (Sparsing Law, CETT).
+    """
+
+    type: ClassVar[str] = "cett"
+
+
+Activation = Silu | Gelu | Relu | ShiftedRelu | FatRelu | Cett
+
+
+@dataclass(frozen=True)
+class DefaultRope:
+    type: ClassVar[str] = "default"
+    theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    type: ClassVar[str] = "linear"
+    factor: float
+    theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class DynamicRope:
+    """NTK scaling that depends on the longest sequence of the batch."""
+
+    type: ClassVar[str] = "dynamic"
+    factor: float
+    theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    type: ClassVar[str] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    theta: float = 500_000.0
+
+
+@dataclass(frozen=True)
+class YarnRope:
+    type: ClassVar[str] = "yarn"
+    factor: float
+    original_max_position_embeddings: int
+    theta: float = 10_000.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Per-frequency factors, one set up to the original context and one beyond it."""
+
+    type: ClassVar[str] = "longrope"
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float | None = None
+    attention_factor: float | None = None
+    theta: float = 10_000.0
+
+
+Rope = DefaultRope | LinearRope | DynamicRope | Llama3Rope | YarnRope | LongRope
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA-family model. Field names are Hugging Face's, where Hugging Face has one."""
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096  # D
+    intermediate_size: int = 11_008  # F
+    num_hidden_layers: int = 32  # L
+    num_attention_heads: int = 32  # N
+    num_key_value_heads: int = 32  # K: N is MHA, 1 is MQA, between is GQA
+    head_dim: int = 128  # H
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope: Rope = DefaultRope()
+    activation: Activation = Silu()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # biases on the query, key, value and output projections
+    mlp_bias: bool = False  # biases on the gate, up and down projections
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        n, k = self.num_attention_heads, self.num_key_value_heads
+        check(n % k == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({n})", k)
+        check(self.head_dim % 2 == 0, "head_dim", "an even number (RoPE rotates pairs)", self.head_dim)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the starting weights come from: a model folder, or fresh ones of a given shape."""
+
+    path: str | None = None  # a Hugging Face folder
+    config: LlamaConfig | None = None  # train from scratch
+    activation: Activation | None = None  # replaces the model's own (ProSparse section 3.2: step 1)
+
+    def __post_init__(self) -> None:
+        check((self.path is None) != (self.config is None), "model", "one of `path` and `config`", self)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text source of a mixture."""
+
+    # .txt and .jsonl (also .gz, .xz, .bz2), .parquet, a folder of them, a token store folder, a .npy file of token ids,
+    # or a `datasets` data set, as `name` or `name:config`; a .txt file is one document
+    path: str
+    weight: float = 1.0  # share of the windows drawn from this source, relative to the others
+    split: str = "train"  # of a `datasets` name
+    text: str = "text"  # column that holds the text
+    prompt: str | None = None  # column that precedes `text` and takes no loss (supervised fine-tuning)
+    end_token: str | None = None  # put after each document; by default the tokenizer's own
+
+    def __post_init__(self) -> None:
+        check(self.weight > 0, "weight", "a positive number", self.weight)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[Source, ...] = ()
+    eval: tuple[Source, ...] = ()  # held out: perplexity and sparsity during the run
+    seq_len: int = 2048
+    batch_size: int = 64  # sequences a step, over all devices and accumulation steps
+    documents: Literal["windows", "packed"] = "windows"
+    # windows: documents joined by the end token, cut into equal windows, attention runs across documents
+    # packed: whole documents packed into windows, no attention across documents, positions restart
+    tokenizer: str | None = None  # a folder; by default the model's
+    cache: str = "~/.cache/jsparse"  # token stores, keyed by content and tokenizer
+    seed: int = 0
+    prefetch: int = 2  # batches made ahead on a thread
+
+    def __post_init__(self) -> None:
+        check(self.seq_len > 0, "data.seq_len", "a positive number", self.seq_len)
+        check(self.batch_size > 0, "data.batch_size", "a positive number", self.batch_size)
+        check(self.seed >= 0, "data.seed", "a number of at least 0", self.seed)
+        check(self.prefetch >= 0, "data.prefetch", "a number of at least 0", self.prefetch)
+
+
+@dataclass(frozen=True)
+class ConstantLr:
+    type: ClassVar[str] = "constant"
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class CosineLr:
+    type: ClassVar[str] = "cosine"
+    warmup_steps: int = 0
+    final: float = 0.1  # share of the peak at the last step
+
+
+@dataclass(frozen=True)
+class WsdLr:
+    """Warm-up, stable, decay: linear down to `final` over the last `decay_steps`."""
+
+    type: ClassVar[str] = "wsd"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final: float = 0.0
+
+
+LrSchedule = ConstantLr | CosineLr | WsdLr
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with float32 moments. Norm scales, biases and thresholds are never decayed."""
+
+    lr: float = 3e-5
+    schedule: LrSchedule = CosineLr()
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global norm
+    max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run ends
+
+
+@dataclass(frozen=True)
+class Stages:
+    """ProSparse Algorithm 1: 0 up to steps[0], then flat at peaks[0] up to steps[1], then half-cosine ramps between
+    peaks that end at the following steps. Equal neighbours make a plateau. len(steps) == len(peaks) + 1."""
+
+    type: ClassVar[str] = "stages"
+    peaks: tuple[float, ...]
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check(len(self.steps) == len(self.peaks) + 1 and len(self.peaks) > 0, "method.weight.steps",
+              f"one more than the {len(self.peaks)} peaks", self.steps)  # fmt: skip
+        check(list(self.steps) == sorted(set(self.steps)), "method.weight.steps", "increasing steps", self.steps)
+        check(min(self.peaks) >= 0, "method.weight.peaks", "weights of at least 0", self.peaks)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The baseline: a constant weight after `start` steps."""
+
+    type: ClassVar[str] = "fixed"
+    value: float
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Holds a sparsity instead of a weight: a controller multiplies the weight until the target is met.
+
+    The target itself rises along a half-cosine from the sparsity found at `start` to `sparsity` at `reach`.
+    """
+
+    type: ClassVar[str] = "target"
+    sparsity: float  # share of zeros in x1, 0 to 1
+    start: int = 0
+    reach: int = 1000
+    initial: float = 1e-3  # the weight at `start`
+    gain: float = 0.5  # relative change of the weight, per step and per unit of sparsity missing
+    smoothing: float = 0.9  # decay of the running mean of the measured sparsity
+
+    def __post_init__(self) -> None:
+        check(0 < self.sparsity < 1, "method.weight.sparsity", "a share between 0 and 1", self.sparsity)
+        check(self.reach > self.start, "method.weight.reach", f"a step after start ({self.start})", self.reach)
+
+
+@dataclass(frozen=True)
+class MeanL1:
+    """The recommended normaliser: the paper leaves it open (docs/prosparse.md says why this one)."""
+
+    type: ClassVar[str] = "mean"
+    ff: Literal["mean", "sum"] = "mean"
+    layers: Literal["mean", "sum"] = "sum"
+    mask: Literal["all", "loss"] = "all"  # which tokens count: all real ones, or those that take loss
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class PaperCodeL1:
+    """Sum over every element of a device's micro-batch and over layers, times `scale`, as the first author's later
+    public trainer computes it. Depends on the micro-batch size."""
+
+    type: ClassVar[str] = "paper_code"
+    scale: float = 1e-8
+
+
+@dataclass(frozen=True)
+class ProSparse:
+    """ProSparse's penalty, weight * L1(x1), added to the loss (arXiv 2402.13516, section 3.2)."""
+
+    type: ClassVar[str] = "prosparse"
+    weight: Stages | Fixed | Target
+    penalty: MeanL1 | PaperCodeL1 = MeanL1()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """No penalty: plain continued training, and the ReLU baselines (by `model.activation`)."""
+
+    type: ClassVar[str] = "dense"
+
+
+Method = Dense | ProSparse
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Adds weight * KL(teacher || student) at a temperature to the loss."""
+
+    teacher: str  # a model folder with the same vocabulary
+    weight: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    max_replicated: float = 0.02  # share of the parameter bytes that may miss the fsdp and tensor axes
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # steps
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int | None = None  # and every so many steps, for good
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 500
+    eval_tokens: int = 131_072
+    tensorboard: bool = True
+    profile: tuple[int, int] | None = None  # first step and number of steps to trace
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A recipe: everything `jsparse train` needs."""
+
+    run: str  # run folder: checkpoints, metrics, resolved config
+    model: ModelSource
+    data: DataConfig
+    steps: int = 1000
+    method: Method = Dense()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    distill: Distill | None = None
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    accumulate: int = 1  # micro-batches a step
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and moments are float32
+    remat: Literal["none", "full", "dots", "attention"] = "none"
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    loss_chunk: int = 4096  # tokens whose logits exist at once on a device
+    compile_cache: str | None = "~/.cache/jsparse/xla"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.steps > 0, "steps", "a positive number", self.steps)
+        check(self.data.batch_size % self.accumulate == 0, "accumulate",
+              f"a divisor of data.batch_size ({self.data.batch_size})", self.accumulate)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# YAML in and out
+# --------------------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: object, where: str = "") -> T:
+    """Builds a config from plain YAML values. Errors name the field, what was expected and what came."""
+    return _build(cls, values, where)
+
+
+def to_dict(config: Any) -> Any:
+    """The plain YAML values of a config; `from_dict` reads them back to an equal config."""
+    if dataclasses.is_dataclass(config):
+        tag = {"type": config.type} if hasattr(config, "type") else {}
+        return tag | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_dict(x) for x in config] if isinstance(config, tuple) else config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a recipe and applies dotted overrides such as `optimizer.lr=1e-4`."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    check(isinstance(values, dict), str(path), "a mapping of settings", values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        check(bool(equals), override, "an override of the form field.sub=value", override)
+        *parents, last = key.split(".")
+        target = values
+        for parent in parents:
+            inner = target.get(parent)
+            target[parent] = target = {"type": inner} if isinstance(inner, str) else dict(inner or {})
+        target[last] = yaml.safe_load(text)
+    return from_dict(TrainConfig, values)
+
+
+def _build(kind: Any, value: object, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin in (types.UnionType, typing.Union):
+        return _build_union(args, value, where)
+    if origin is tuple:
+        check(isinstance(value, list | tuple), where, "a list", value)
+        items = list(typing.cast(list, value))
+        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        check(len(kinds) == len(items), where, f"{len(kinds)} values", value)
+        return tuple(_build(k, x, f"{where}[{i}]") for i, (k, x) in enumerate(zip(kinds, items, strict=True)))
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected one of {', '.join(args)}, got {value!r}{_nearest(value, args)}")
+        return value
+    if kind is float:
+        value = _number(value)
+    good = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
+    check(good, where, {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind], value)
+    return value
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads `1e-4` as text; people write it all the time."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _build_dataclass(cls: Any, value: object, where: str) -> Any:
+    dot = f"{where}." if where else ""
+    if isinstance(value, str) and hasattr(cls, "type"):
+        value = {"type": value}
+    check(isinstance(value, dict), where or cls.__name__, "a mapping of settings", value)
+    values = {k: v for k, v in typing.cast(dict, value).items() if not (k == "type" and hasattr(cls, "type"))}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"unknown setting {dot}{key}{_nearest(key, fields)}; known here: {', '.join(fields)}")
+    for name, f in fields.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and name not in values:
+            raise ConfigError(f"missing setting {dot}{name}")
+    kinds = _hints(cls)
+    built = {name: _build(kinds[name], v, dot + name) for name, v in values.items()}
+    try:
+        return cls(**built)
+    except ConfigError as error:  # a dataclass's own check knows its field, not where it stands
+        text = str(error)
+        raise ConfigError(text if text.startswith(dot) else dot + text) from None
+
+
+def _build_union(kinds: Sequence[Any], value: object, where: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    kinds = [k for k in kinds if k is not types.NoneType]
+    tagged = {k.type: k for k in kinds if hasattr(k, "type")}
+    if tagged:
+        tag = value.get("type") if isinstance(value, dict) else value
+        if tag not in tagged:
+            raise ConfigError(f"{where}.type: expected one of {', '.join(tagged)}, got {tag!r}{_nearest(tag, tagged)}")
+        return _build_dataclass(tagged[str(tag)], value, where)
+    sequences = [k for k in kinds if typing.get_origin(k) is tuple]
+    if sequences and isinstance(value, list | tuple):
+        return _build(sequences[0], value, where)
+    return _build(next(k for k in kinds if k not in sequences), value, where)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _nearest(word: object, known: Any) -> str:
+    match = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def dump(config: Any) -> str:
+    """The config as YAML, every field resolved."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,45 @@
+"""The LLaMA model: a declaration of its parameters and pure functions of them."""
+
+from jsparse.model.llama import (
+    Cache,
+    Output,
+    Params,
+    abstract,
+    cast,
+    count,
+    forward,
+    head,
+    init,
+    init_cache,
+    islands,
+    logical_axes,
+    logits,
+    shardings,
+    stack,
+    trunk,
+    unstack,
+)
+from jsparse.model.modules import FFNTrace, Probe, activate
+
+__all__ = [
+    "Cache",
+    "FFNTrace",
+    "Output",
+    "Params",
+    "Probe",
+    "abstract",
+    "activate",
+    "cast",
+    "count",
+    "forward",
+    "head",
+    "init",
+    "init_cache",
+    "islands",
+    "logical_axes",
+    "logits",
+    "shardings",
+    "stack",
+    "trunk",
+    "unstack",
+]

@@ -1,0 +1,236 @@
+"""The LLaMA block as Flax NNX modules. Each `__init__` is the one declaration of its parameters: shape, initialiser,
+logical axes and whether they stay float32. Modules hold no state; `llama.py` merges them with a parameter tree.
+
+Shapes follow the order of use, inputs first: gate [D, F], query [D, N, H], output [N, H, D].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jsparse.config import Activation, Cett, FatRelu, Gelu, LlamaConfig, Relu, ShiftedRelu, Silu
+from jsparse.model import rope
+from jsparse.parallel import constrain
+
+Attend = Literal["auto", "xla", "cudnn"]
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Any, island: bool = False) -> nnx.Param:
+    """Declares a parameter. `island`: stays float32 when the others are cast for computing."""
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, island=island)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.scale = param(rngs, (config.hidden_size,), ("norm",), jax.nn.initializers.ones, island=True)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[None, None]).astype(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each [B, S, K, H]. Keys are unrotated where RoPE depends on the length."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of this call stand: what attention needs to know beside x. Arrays of one forward pass."""
+
+    cos: jax.Array  # [B, T, H/2], of the queries
+    sin: jax.Array
+    mask: jax.Array | None = None  # bool [B, 1, T, S]; None: causal over the T tokens themselves
+    slot: jax.Array | int = 0  # cache slot of the first token
+    key_table: tuple[jax.Array, jax.Array] | None = None  # cos and sin [B, S, H/2] of cached keys kept unrotated
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        d, n, k, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        zeros = jax.nn.initializers.zeros
+        self.query = param(rngs, (d, n, h), ("embed", "heads", "head_dim"), normal)
+        self.key = param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), normal)
+        self.value = param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), normal)
+        self.output = param(rngs, (n, h, d), ("heads", "head_dim", "embed"), normal)
+        self.bias = config.attention_bias
+        if config.attention_bias:
+            self.query_bias = param(rngs, (n, h), ("heads", "head_dim"), zeros)
+            self.key_bias = param(rngs, (k, h), ("kv_heads", "head_dim"), zeros)
+            self.value_bias = param(rngs, (k, h), ("kv_heads", "head_dim"), zeros)
+            self.output_bias = param(rngs, (d,), ("norm",), zeros)
+
+    def __call__(
+        self, x: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x [B, T, D] -> [B, T, D], and the cache with these tokens written to it."""
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.query[...])
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.key[...])
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.value[...])
+        if self.bias:
+            q = q + self.query_bias[None, None]
+            k = k + self.key_bias[None, None]
+            v = v + self.value_bias[None, None]
+        q = rope.rotate(q, place.cos, place.sin)
+        if place.key_table is None:
+            k = rope.rotate(k, place.cos, place.sin)
+        if cache is not None:
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place.slot, axis=1)
+            cache = LayerCache(write(cache.k, k), write(cache.v, v))
+            k, v = cache
+        if place.key_table is not None:
+            k = rope.rotate(k, *place.key_table)
+        q = constrain(q, "batch", "sequence", "heads", "head_dim")
+        k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
+        v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
+        with jax.numpy_dtype_promotion("standard"):  # jax's own code is not written for "strict"
+            y = jax.nn.dot_product_attention(
+                q, k, v, mask=place.mask, is_causal=place.mask is None, implementation=_implementation(attend, q)
+            )
+        y = checkpoint_name(y, "attention")
+        y = jnp.einsum("BTNH,NHD->BTD", y, self.output[...])
+        if self.bias:
+            y = y + self.output_bias[None, None]
+        return y, cache
+
+
+def _implementation(attend: Attend, q: jax.Array) -> Literal["xla", "cudnn"]:
+    """cuDNN's flash attention where it exists: half precision on a GPU, more than one query."""
+    if attend != "auto":
+        return attend
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if jax.default_backend() == "gpu" and half and q.shape[1] > 1 else "xla"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Feed-forward
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FFNTrace(NamedTuple):
+    """What a probe sees of one layer's gated FFN: the symbols of ProSparse section 3.1 in brackets."""
+
+    x: jax.Array  # [B, T, D] input
+    gate: jax.Array  # [B, T, F] pre-activation (x W_s)
+    hidden: jax.Array  # [B, T, F] act(gate) * up (x1)
+    output: jax.Array  # [B, T, D]
+    params: Any  # the layer's FFN parameters
+
+
+Probe = Callable[[FFNTrace], Any]  # statistics of one layer; the forward pass stacks them over L
+
+
+def activate(activation: Activation, gate: jax.Array) -> jax.Array:
+    """The gate's activation, elementwise, in gate's dtype. FATReLU compares in float32, so that a threshold such as
+    0.01, which bfloat16 cannot hold, means the same in every precision."""
+    match activation:
+        case Silu():
+            return jax.nn.silu(gate)
+        case Gelu(approximate):
+            return jax.nn.gelu(gate, approximate=approximate)
+        case Relu() | Cett():
+            return jax.nn.relu(gate)
+        case ShiftedRelu(shift):
+            return jax.nn.relu(gate - jnp.asarray(shift, gate.dtype))
+        case FatRelu(threshold):
+            return jnp.where(gate.astype(jnp.float32) >= threshold, gate, jnp.zeros((), gate.dtype))
+    raise TypeError(f"no such activation: {activation!r}")
+
+
+class FFN(nnx.Module):
+    """Gated feed-forward: y = (act(x W_gate) * (x W_up)) W_down."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        zeros = jax.nn.initializers.zeros
+        self.gate = param(rngs, (d, f), ("embed", "mlp"), normal)
+        self.up = param(rngs, (d, f), ("embed", "mlp"), normal)
+        self.down = param(rngs, (f, d), ("mlp", "embed"), normal)
+        self.bias = config.mlp_bias
+        if config.mlp_bias:
+            self.gate_bias = param(rngs, (f,), ("mlp",), zeros)
+            self.up_bias = param(rngs, (f,), ("mlp",), zeros)
+            self.down_bias = param(rngs, (d,), ("norm",), zeros)
+        if isinstance(config.activation, Cett):
+            self.threshold = param(rngs, (f,), ("mlp",), zeros, island=True)
+
+    def __call__(self, x: jax.Array, activation: Activation, probe: Probe | None) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> [B, T, D], and what the probe makes of the intermediates.
+
+        The activation is an argument so that a threshold may be a traced value: a sweep compiles once.
+        """
+        gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...])
+        up = jnp.einsum("BTD,DF->BTF", x, self.up[...])
+        if self.bias:
+            gate = gate + self.gate_bias[None, None]
+            up = up + self.up_bias[None, None]
+        gate = constrain(gate, "batch", "sequence", "mlp")
+        hidden = activate(activation, gate) * up
+        if isinstance(activation, Cett):
+            kept = jnp.abs(hidden).astype(jnp.float32) >= self.threshold[None, None]
+            hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
+        y = jnp.einsum("BTF,FD->BTD", hidden, self.down[...])
+        if self.bias:
+            y = y + self.down_bias[None, None]
+        if probe is None:
+            return y, None
+        weights = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        return y, probe(FFNTrace(x, gate, hidden, y, weights))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config, rngs)
+        self.attention = Attention(config, rngs)
+        self.ffn_norm = RMSNorm(config, rngs)
+        self.ffn = FFN(config, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        activation: Activation,
+        place: Place,
+        cache: LayerCache | None,
+        probe: Probe | None,
+        attend: Attend,
+    ) -> tuple[jax.Array, LayerCache | None, Any]:
+        with jax.named_scope("attention"):
+            y, cache = self.attention(self.attention_norm(x), place, cache, attend)
+            x = constrain(x + y, "batch", "sequence", None)
+        with jax.named_scope("ffn"):
+            y, aux = self.ffn(self.ffn_norm(x), activation, probe)
+            x = constrain(x + y, "batch", "sequence", None)
+        return x, cache, aux
+
+
+class Ends(nnx.Module):
+    """What stands around the blocks: token embedding, final norm, and the head where it is not tied."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        d, v = config.hidden_size, config.vocab_size
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        self.embed = param(rngs, (v, d), ("vocab", "embed"), normal)
+        self.norm = RMSNorm(config, rngs)
+        if not config.tie_word_embeddings:
+            self.head = param(rngs, (d, v), ("embed", "vocab"), normal)

@@ -1,0 +1,1 @@
+"""Training: the loss, the optimizer, the step, checkpoints, metrics and the loop that ties them."""
