@@ -18,7 +18,7 @@ from typing import Any
 
 from jsparse.config import ConfigError, Source
 
-_FILE = re.compile(r"\.(?:(?P<kind>txt|jsonl?)(?P<packed>\.gz|\.xz|\.bz2)?|parquet)$")
+_FILE = re.compile(r"\.(?:(?P<lines>txt|jsonl?)(?P<packed>\.gz|\.xz|\.bz2)?|parquet)$")
 _OPEN: dict[str | None, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -38,7 +38,7 @@ def read(source: Source) -> tuple[str, Iterator[tuple[float, Document]]]:
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _FILE.search(file.name))
+        files = sorted(file for file in path.rglob("*") if _FILE.search(file.name) and file.is_file())
     elif path.exists() or _FILE.search(path.name) or not _NAME.fullmatch(source.path):
         files = [path] if _FILE.search(path.name) else []
     else:
@@ -48,7 +48,7 @@ def read(source: Source) -> tuple[str, Iterator[tuple[float, Document]]]:
         raise ConfigError(f"{source.path}: expected {kinds}, or the name of a `datasets` data set")
     try:
         sizes = [file.stat().st_size for file in files]
-        digests = [[file.suffixes, _digest(file)] for file in files]
+        digests = [(_kind(file)[0], _digest(file)) for file in files]
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename}: no such file") from None
 
@@ -62,39 +62,43 @@ def read(source: Source) -> tuple[str, Iterator[tuple[float, Document]]]:
     return json.dumps(digests), documents()
 
 
+def _kind(file: Path) -> re.Match[str]:
+    match = _FILE.search(file.name)
+    assert match is not None  # `read` lets no other name through
+    return match
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as raw:
         return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def _rows(file: Path, size: int) -> Iterator[Row]:
-    match = _FILE.search(file.name)
-    assert match is not None
-    where = str(file)
+    kind, where = _kind(file), str(file)
     try:
-        if match["kind"] is None:
+        if kind["lines"] is None:
             import datasets
 
             for row in datasets.load_dataset("parquet", data_files=glob.escape(where), split="train", streaming=True):
                 yield where, 0.0, row
             return
-        with file.open("rb") as raw, _OPEN.get(match["packed"], lambda x: x)(raw) as stream:
-            if match["kind"] == "txt":
+        with file.open("rb") as raw, _OPEN.get(kind["packed"], lambda x: x)(raw) as stream:
+            if kind["lines"] == "txt":
                 yield where, 1.0, {"text": stream.read().decode()}
                 return
             for number, line in enumerate(stream, 1):
                 where = f"{file}:{number}"
                 if line.strip():
                     yield where, raw.tell() / size, json.loads(line)
-    except (ValueError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except (ValueError, EOFError, OSError, lzma.LZMAError, zlib.error, ImportError) as error:
         raise ValueError(f"{where}: cannot be read: {first_line(error)}") from None
 
 
 def _read_named(source: Source) -> tuple[str, Iterator[tuple[float, Document]]]:
-    import datasets
-
     name, _, config = source.path.partition(":")
     try:
+        import datasets
+
         data = datasets.load_dataset(name, config or None, split=source.split)
     except Exception as error:  # the library and what it calls raise kinds of their own
         raise ConfigError(f"{source.path}: neither a file nor a data set that loads: {first_line(error)}") from None
@@ -110,7 +114,12 @@ def _pick(row: Any, source: Source, where: str) -> Document:
             raise ConfigError(f"{where}: expected a column {column!r}, got only {', '.join(row)}")
         if column is not None and not isinstance(row[column], str):
             raise ValueError(f"{where}: expected text in column {column!r}, got {row[column]!r:.50}")
-    return None if source.prompt is None else row[source.prompt], row[source.text]
+    return None if source.prompt is None else _unicode(row[source.prompt]), _unicode(row[source.text])
+
+
+def _unicode(string: str) -> str:
+    """JSON may hold half a surrogate pair, which no tokenizer takes: it becomes a question mark."""
+    return string.encode(errors="replace").decode()
 
 
 def first_line(error: BaseException) -> str:
