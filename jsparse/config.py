@@ -11,6 +11,8 @@ N query heads, K key-value heads, H head dim, V vocabulary, E neuron blocks, L l
 import dataclasses
 import difflib
 import functools
+import inspect
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -27,6 +29,12 @@ def check(condition: bool, where: str, expected: str, got: object) -> None:
     """Raises ConfigError "`where`: expected ..., got ..." unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{where}: expected {expected}, got {got!r}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value > 0, name, "a positive number", value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -52,10 +60,11 @@ class Relu:
 
 @dataclass(frozen=True)
 class ShiftedRelu:
-    """max(g - shift, 0): subtracts the shift, unlike FATReLU (ProSparse, baselines of section 4)."""
+    """g - shift where that is above 0 and at least `threshold`, else 0 (ProSparse, baselines of section 4)."""
 
     type: ClassVar[str] = "shifted_relu"
     shift: float = 0.1
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,14 @@ class FatRelu:
 
     type: ClassVar[str] = "fatrelu"
     threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class Cats:
+    """silu(g) where its magnitude reaches the threshold, else 0: sparsity without training (CATS, arXiv 2404.08763)."""
+
+    type: ClassVar[str] = "cats"
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,22 @@ class Cett:
     type: ClassVar[str] = "cett"
 
 
-Activation = Silu | Gelu | Relu | ShiftedRelu | FatRelu | Cett
+Activation = Silu | Gelu | Relu | ShiftedRelu | FatRelu | Cats | Cett
+
+
+def with_threshold(activation: Activation, threshold: Any) -> Activation:
+    """The activation that drops what is below a threshold: ReLU becomes FATReLU, SiLU becomes CATS.
+
+    The threshold may be a traced value, so that a sweep compiles once. Raises ConfigError for GELU and CETT.
+    """
+    match activation:
+        case Relu() | FatRelu():
+            return FatRelu(threshold)
+        case ShiftedRelu(shift):
+            return ShiftedRelu(shift, threshold)
+        case Silu() | Cats():
+            return Cats(threshold)
+    raise ConfigError(f"activation: expected relu, fatrelu, shifted_relu or silu to threshold, got {activation.type}")
 
 
 @dataclass(frozen=True)
@@ -165,12 +197,16 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _check_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
         n, k = self.num_attention_heads, self.num_key_value_heads
         check(n % k == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({n})", k)
         check(self.head_dim % 2 == 0, "head_dim", "an even number (RoPE rotates pairs)", self.head_dim)
+        if isinstance(self.rope, LongRope):
+            pairs = self.head_dim // 2
+            for name in ("short_factor", "long_factor"):
+                given = len(getattr(self.rope, name))
+                check(given == pairs, f"rope.{name}", f"{pairs} factors (head_dim / 2)", given)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -192,7 +228,8 @@ class ModelSource:
     activation: Activation | None = None  # replaces the model's own (ProSparse section 3.2: step 1)
 
     def __post_init__(self) -> None:
-        check((self.path is None) != (self.config is None), "model", "one of `path` and `config`", self)
+        given = [name for name in ("path", "config") if getattr(self, name) is not None]
+        check(len(given) == 1, "model.path", "either it or `model.config`", given)
 
 
 @dataclass(frozen=True)
@@ -272,6 +309,12 @@ class OptimizerConfig:
     clip: float = 1.0  # global norm
     max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run ends
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "eps", "clip", "max_skipped")
+        check(self.lr >= 0, "lr", "a number of at least 0", self.lr)
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -302,20 +345,27 @@ class Fixed:
 class Target:
     """Holds a sparsity instead of a weight: a controller multiplies the weight until the target is met.
 
-    The target itself rises along a half-cosine from the sparsity found at `start` to `sparsity` at `reach`.
+    The target itself rises along a half-cosine from the sparsity found at `start` to `sparsity` at `reach`; leave the
+    controller as many steps again after `reach` to settle. The controller is proportional and integral, on
+    log(active share / wanted active share) in and log(weight) out, so that it knows no scale of the penalty.
     """
 
     type: ClassVar[str] = "target"
     sparsity: float  # share of zeros in x1, 0 to 1
     start: int = 0
     reach: int = 1000
-    initial: float = 1e-3  # the weight at `start`
-    gain: float = 0.5  # relative change of the weight, per step and per unit of sparsity missing
+    initial: float = 1e-3  # the weight at `start`; rather too small than too large
+    gain: float = 20.0  # relative change of the weight for a relative change of the active share
+    settle: float = 200.0  # steps in which the integral part does as much as the proportional part
+    rate: float = 0.1  # largest change of log(weight) in a step
     smoothing: float = 0.9  # decay of the running mean of the measured sparsity
 
     def __post_init__(self) -> None:
         check(0 < self.sparsity < 1, "method.weight.sparsity", "a share between 0 and 1", self.sparsity)
         check(self.reach > self.start, "method.weight.reach", f"a step after start ({self.start})", self.reach)
+        for name in ("initial", "gain", "settle", "rate"):
+            check(getattr(self, name) > 0, f"method.weight.{name}", "a positive number", getattr(self, name))
+        check(0 <= self.smoothing < 1, "method.weight.smoothing", "at least 0 and below 1", self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -365,6 +415,9 @@ class Distill:
     weight: float = 1.0
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "weight", "temperature")
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -382,6 +435,9 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
     keep_every: int | None = None  # and every so many steps, for good
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "every", "keep", "keep_every")
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -390,6 +446,9 @@ class LogConfig:
     eval_tokens: int = 131_072
     tensorboard: bool = True
     profile: tuple[int, int] | None = None  # first step and number of steps to trace
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "every", "eval_every", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -409,13 +468,14 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches a step
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and moments are float32
     remat: Literal["none", "full", "dots", "attention"] = "none"
+    unroll: int = 1  # layers a step of the scan runs; all of them is fastest on a GPU and compiles longest
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     loss_chunk: int = 4096  # tokens whose logits exist at once on a device
     compile_cache: str | None = "~/.cache/jsparse/xla"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.steps > 0, "steps", "a positive number", self.steps)
+        _check_positive(self, "steps", "accumulate", "unroll", "loss_chunk")
         check(self.data.batch_size % self.accumulate == 0, "accumulate",
               f"a divisor of data.batch_size ({self.data.batch_size})", self.accumulate)  # fmt: skip
 
@@ -441,26 +501,43 @@ def to_dict(config: Any) -> Any:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a recipe and applies dotted overrides such as `optimizer.lr=1e-4`."""
-    import yaml
+    """Reads a recipe and applies dotted overrides such as `optimizer.lr=1e-4`, left to right.
 
+    An override that changes a `type` starts that alternative afresh, without the settings of the one before:
+    `method.weight.type=fixed method.weight.value=0.1`.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        text = Path(path).read_text()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable recipe: {error}") from None
+    values = _yaml(text, str(path)) or {}
     check(isinstance(values, dict), str(path), "a mapping of settings", values)
     for override in overrides:
         key, equals, text = override.partition("=")
-        check(bool(equals), override, "an override of the form field.sub=value", override)
+        check(bool(key and equals), override, "an override of the form field.sub=value", override)
         *parents, last = key.split(".")
         target = values
         for parent in parents:
-            inner = target.get(parent)
-            target[parent] = target = {"type": inner} if isinstance(inner, str) else dict(inner or {})
-        target[last] = yaml.safe_load(text)
+            inner = target.get(parent) or {}
+            inner = {"type": inner} if isinstance(inner, str) else inner
+            check(isinstance(inner, dict), override, f"a mapping of settings at {parent}", inner)
+            target[parent] = target = dict(inner)
+        value = _yaml(text, override)
+        if last == "type" and value != target.get("type"):
+            target.clear()
+        target[last] = value
     return from_dict(TrainConfig, values)
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _build(kind: Any, value: object, where: str) -> Any:
@@ -481,7 +558,7 @@ def _build(kind: Any, value: object, where: str) -> Any:
         return value
     if kind is float:
         value = _number(value)
-    good = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
+    good = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)) and value == value
     check(good, where, {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind], value)
     return value
 
@@ -526,13 +603,12 @@ def _build_union(kinds: Sequence[Any], value: object, where: str) -> Any:
     tagged = {k.type: k for k in kinds if hasattr(k, "type")}
     if tagged:
         tag = value.get("type") if isinstance(value, dict) else value
-        if tag not in tagged:
+        if not isinstance(tag, str) or tag not in tagged:
             raise ConfigError(f"{where}.type: expected one of {', '.join(tagged)}, got {tag!r}{_nearest(tag, tagged)}")
-        return _build_dataclass(tagged[str(tag)], value, where)
-    sequences = [k for k in kinds if typing.get_origin(k) is tuple]
-    if sequences and isinstance(value, list | tuple):
-        return _build(sequences[0], value, where)
-    return _build(next(k for k in kinds if k not in sequences), value, where)
+        return _build_dataclass(tagged[tag], value, where)
+    sequence = isinstance(value, list | tuple)
+    fitting = [k for k in kinds if (typing.get_origin(k) is tuple) == sequence]
+    return _build((fitting or kinds)[0], value, where)
 
 
 @functools.cache
@@ -541,7 +617,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _nearest(word: object, known: Any) -> str:
-    match = difflib.get_close_matches(str(word), list(known), n=1)
+    match = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
@@ -550,3 +626,32 @@ def dump(config: Any) -> str:
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def describe(cls: Any, prefix: str = "") -> str:
+    """Every setting below a config class, one a line: dotted name, kind, default and the comment beside it."""
+    lines = []
+    for f in dataclasses.fields(cls):
+        kind, name = _hints(cls)[f.name], prefix + f.name
+        default = "" if f.default is dataclasses.MISSING else f" = {_short(to_dict(f.default))}"
+        nested = [k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)]
+        tagged = [k for k in nested if hasattr(k, "type")]
+        comment = _comments(cls).get(f.name, "")
+        shown = "" if nested else f" ({str(getattr(kind, '__name__', kind)).replace('typing.', '')})"
+        lines.append(f"{name}{shown}{default}{'  # ' if comment else ''}{comment}".rstrip())
+        for k in nested:
+            if k in tagged:
+                lines.append(f"  {name}.type={typing.cast(Any, k).type}")
+            indent = "    " if k in tagged else "  "
+            lines += [indent + line for line in describe(k, f"{name}.").splitlines()]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return value["type"] if isinstance(value, dict) and "type" in value else str(value)
+
+
+@functools.cache
+def _comments(cls: Any) -> dict[str, str]:
+    found = (re.match(r"    (\w+): [^#]*#\s*(.*)", line) for line in inspect.getsource(cls).splitlines())
+    return {m[1]: m[2] for m in found if m}

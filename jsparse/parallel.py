@@ -44,7 +44,10 @@ def initialize() -> None:
             int(os.environ["JAX_NUM_PROCESSES"]),
             int(os.environ["JAX_PROCESS_ID"]),
         )
-    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return
+    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    tasks = [int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+    if max(hosts, *tasks) > 1:
         jax.distributed.initialize()
 
 
@@ -55,7 +58,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Any = None) -> Mesh:
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     check(len(free) <= 1, "mesh", "at most one axis of -1", sizes)
-    check(known > 0, "mesh", "positive sizes, or -1", sizes)
+    check(all(size > 0 or size == -1 for size in sizes.values()), "mesh", "positive sizes, or -1", sizes)
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsparse import model
 from jsparse.config import Gelu, LlamaConfig, Relu, Silu, to_dict
 
 _TINY = LlamaConfig(
@@ -54,6 +55,18 @@ def tokens(config: LlamaConfig, batch: int, length: int, seed: int = 0) -> jax.A
     return jnp.asarray(np.random.default_rng(seed).integers(config.vocab_size, size=(batch, length)), jnp.int32)
 
 
+def random_params(config: LlamaConfig, seed: int = 0) -> model.Params:
+    """Parameters without the cost of compiling `model.init`, and harder on the model: norms and biases are random too,
+    and matrices large enough that attention is far from uniform."""
+    rng = np.random.default_rng(seed)
+
+    def one(path: Any, x: Any) -> jax.Array:
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(mean + 0.2 * rng.standard_normal(x.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, model.abstract(config))
+
+
 def torch_model(config: LlamaConfig, seed: int = 0) -> Any:
     """The same model in PyTorch, float32, eager attention. Every parameter is random, biases and norms too, and large
     enough that attention is far from uniform. Skips the test where torch is not installed."""
@@ -61,20 +74,20 @@ def torch_model(config: LlamaConfig, seed: int = 0) -> Any:
     import transformers
 
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    rope = to_dict(fields.pop("rope"))
-    rope = {"rope_type": rope.pop("type"), "rope_theta": rope.pop("theta")} | {k: v for k, v in rope.items() if v is not None}
+    rope = {k: v for k, v in to_dict(fields.pop("rope")).items() if v is not None}
+    rope = {"rope_type": rope.pop("type"), "rope_theta": rope.pop("theta")} | rope
     act = _HIDDEN_ACT[fields.pop("activation")]
-    model = transformers.LlamaForCausalLM(
+    reference = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**fields, rope_parameters=rope, hidden_act=act, attn_implementation="eager")
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in reference.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
-    return model.eval()
+    return reference.eval()
 
 
-def from_torch(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+def from_torch(tensors: dict[str, Any], config: LlamaConfig) -> model.Params:
     """Our tree, float32 and stacked, of a `LlamaForCausalLM`'s named tensors: its state dict or its gradients."""
     d, h = config.hidden_size, config.head_dim
 
@@ -104,9 +117,9 @@ def from_torch(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
     return tree
 
 
-def torch_gradients(model: Any, config: LlamaConfig) -> dict[str, Any]:
+def torch_gradients(reference: Any, config: LlamaConfig) -> model.Params:
     """Our tree of the gradients that `backward` left in the model."""
-    return from_torch({name: p.grad for name, p in model.named_parameters()}, config)
+    return from_torch({name: p.grad for name, p in reference.named_parameters()}, config)
 
 
 def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:

@@ -66,7 +66,7 @@ class Output:
 def init(key: jax.Array, config: LlamaConfig, mesh: Mesh | None = None) -> Params:
     """Fresh float32 parameters, made in place on the mesh's shards where one is given."""
     out = None if mesh is None else shardings(config, mesh)
-    return jax.jit(functools.partial(_init, config=config), out_shardings=out)(key)
+    return jax.jit(_init, static_argnames="config", out_shardings=out)(key, config=config)
 
 
 def _init(key: jax.Array, config: LlamaConfig) -> Params:
@@ -175,7 +175,7 @@ def forward(
         positions: int32 [B, T]; by default 0, 1, 2, ... from the start of each row, segment or cached text.
         segments: int32 [B, T]; tokens attend only within their own segment (packed documents; padding is a segment
             of its own, by convention 0).
-        cache: continues the cached text: these tokens go to its next T slots.
+        cache: continues the cached text: these tokens go to its next T slots, which must exist.
         probe: statistics to take of every layer's FFN, see `FFNTrace`.
         remat: what the backward pass keeps of a block: all ("none"), only its input ("full"), matmul results
             ("dots") or attention's result ("attention").
@@ -200,7 +200,8 @@ def trunk(
     unroll: int = 1,
 ) -> tuple[jax.Array, Any, Cache | None]:
     """`forward` up to the final norm: hidden states [B, T, D], aux, cache. The loss goes on from here in chunks."""
-    x = constrain(params["embed"][tokens], "batch", "sequence", None)
+    embed = constrain(params["embed"], "vocab", None)  # gathered over fsdp, else XLA gathers the batch of activations
+    x = constrain(embed[tokens], "batch", "sequence", None)
     if cache is None:
         place = _place(tokens, positions, segments, config)
     else:
@@ -212,14 +213,16 @@ def trunk(
     def block(x: jax.Array, layer: Params, layer_cache: LayerCache | None = None) -> Any:
         return nnx.merge(graph, layer)(x, config.activation, place, layer_cache, probe, attend)
 
-    if cache is None and isinstance(layers, dict):
+    scan = cache is None and isinstance(layers, dict)
+    if remat != "none":  # outside of a loop XLA would merge the recomputation with the first computation
+        loop = scan and unroll < config.num_hidden_layers
+        block = jax.checkpoint(block, policy=_POLICIES[remat], prevent_cse=not loop)
+    if scan:
 
         def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
             x, _, aux = block(x, layer)
             return x, aux
 
-        if remat != "none":
-            body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
         x, aux = jax.lax.scan(body, x, layers, unroll=unroll)
     else:
         caches: list[Any] = []
@@ -280,6 +283,9 @@ def _place(tokens: jax.Array, positions: jax.Array | None, segments: jax.Array |
 
 
 def _cached_place(tokens: jax.Array, positions: jax.Array | None, cache: Cache, config: LlamaConfig) -> Place:
+    by_length = rope.needs_length(config.rope)
+    check(tokens.shape[1] <= cache.slots, "cache", f"slots for {tokens.shape[1]} tokens", cache.slots)
+    check(positions is None or not by_length, "positions", "none with a cache whose keys are rotated late", config.rope)
     queries = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # slots
     slots = jnp.arange(cache.slots, dtype=jnp.int32)[None]
     start = cache.start[:, None]
@@ -288,5 +294,5 @@ def _cached_place(tokens: jax.Array, positions: jax.Array | None, cache: Cache, 
     visible = (slots[:, None, :] <= queries[:, :, None]) & (slots >= start)[:, None, :]
     itself = slots[:, None, :] == queries[:, :, None]  # padding sees itself, so that no row is empty
     length = jnp.max(positions) + 1
-    keys = rope.table(jnp.maximum(slots - start, 0), length, config) if rope.needs_length(config.rope) else None
+    keys = rope.table(jnp.maximum(slots - start, 0), length, config) if by_length else None
     return Place(*rope.table(positions, length, config), (visible | itself)[:, None], cache.length, keys)

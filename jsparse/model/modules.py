@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jsparse.config import Activation, Cett, FatRelu, Gelu, LlamaConfig, Relu, ShiftedRelu, Silu
+from jsparse.config import Activation, Cats, Cett, FatRelu, Gelu, LlamaConfig, Relu, ShiftedRelu, Silu
 from jsparse.model import rope
 from jsparse.parallel import constrain
 
@@ -139,8 +139,12 @@ Probe = Callable[[FFNTrace], Any]  # statistics of one layer; the forward pass s
 
 
 def activate(activation: Activation, gate: jax.Array) -> jax.Array:
-    """The gate's activation, elementwise, in gate's dtype. FATReLU compares in float32, so that a threshold such as
+    """The gate's activation, elementwise, in gate's dtype. Thresholds are compared in float32, so that one such as
     0.01, which bfloat16 cannot hold, means the same in every precision."""
+
+    def keep(score: jax.Array, value: jax.Array, threshold: Any) -> jax.Array:
+        return jnp.where(score.astype(jnp.float32) >= threshold, value, jnp.zeros((), value.dtype))
+
     match activation:
         case Silu():
             return jax.nn.silu(gate)
@@ -148,10 +152,14 @@ def activate(activation: Activation, gate: jax.Array) -> jax.Array:
             return jax.nn.gelu(gate, approximate=approximate)
         case Relu() | Cett():
             return jax.nn.relu(gate)
-        case ShiftedRelu(shift):
-            return jax.nn.relu(gate - jnp.asarray(shift, gate.dtype))
+        case ShiftedRelu(shift, threshold):
+            shifted = jax.nn.relu(gate - jnp.asarray(shift, gate.dtype))
+            return keep(shifted, shifted, threshold)
         case FatRelu(threshold):
-            return jnp.where(gate.astype(jnp.float32) >= threshold, gate, jnp.zeros((), gate.dtype))
+            return keep(gate, gate, threshold)
+        case Cats(threshold):
+            score = jax.nn.silu(gate)
+            return keep(jnp.abs(score), score, threshold)
     raise TypeError(f"no such activation: {activation!r}")
 
 

@@ -50,17 +50,18 @@ def _(rope: DynamicRope, config: LlamaConfig, length: jax.Array) -> tuple[jax.Ar
     """The base grows with the length, by a power that leaves the fastest pair alone and stretches the slowest fully."""
     limit, h = config.max_position_embeddings, config.head_dim
     growth = rope.factor * jnp.maximum(length, limit).astype(jnp.float32) / limit - (rope.factor - 1)
-    exponents = np.arange(0, h, 2, dtype=np.float32) / (h - 2)
-    return 1 / (_periods(rope, config) * growth**exponents), 1.0
+    exponents = jnp.arange(0, h, 2, dtype=jnp.float32) / (h - 2)
+    return 1 / (growth**exponents * _periods(rope, config)), 1.0
 
 
 @frequencies.register
 def _(rope: Llama3Rope, config: LlamaConfig, length: jax.Array) -> tuple[np.ndarray, float]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     inverse = 1 / _periods(rope, config)
-    turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)  # over the original context
+    wavelengths = 1 / inverse * (2 * math.pi)
+    turns = rope.original_max_position_embeddings / wavelengths  # over the original context
     keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return inverse * keep + inverse / rope.factor * (1 - keep), 1.0
+    return (1 - keep) * inverse / rope.factor + keep * inverse, 1.0
 
 
 @frequencies.register
@@ -94,8 +95,8 @@ def _yarn_scale(rope: YarnRope) -> float:
 @frequencies.register
 def _(rope: LongRope, config: LlamaConfig, length: jax.Array) -> tuple[jax.Array, float]:
     original = rope.original_max_position_embeddings
-    short, long = (1 / (np.float32(f) * _periods(rope, config)) for f in (rope.short_factor, rope.long_factor))
-    inverse = jnp.where(length > original, long, short)
+    short, long = np.asarray(rope.short_factor, np.float32), np.asarray(rope.long_factor, np.float32)
+    inverse = 1 / (jnp.where(length > original, long, short) * _periods(rope, config))
     factor = rope.factor if rope.factor is not None else config.max_position_embeddings / original
     if rope.attention_factor is not None:
         return inverse, rope.attention_factor

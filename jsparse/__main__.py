@@ -1,0 +1,3 @@
+from jsparse.cli import main
+
+main()

@@ -1,0 +1,423 @@
+"""The `jsparse` command: one door to everything that is done from a shell.
+
+Every command prints its settings, writes what it found as JSON beside what it prints, and answers bad input in one
+line: exit code 2 where the request was wrong, 1 where it failed.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jsparse.config import ConfigError, MeshConfig, Source, check
+
+Arg = tyro.conf.Positional
+CACHE = "~/.cache/jsparse"
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train by a recipe; goes on from its run folder's newest checkpoint.
+
+    Settings are those of `jsparse.config.TrainConfig`; `jsparse train --help` lists them.
+    """
+
+    recipe: Arg[str]  # a YAML file, see configs/
+    overrides: Arg[tuple[str, ...]] = ()  # field.sub=value, over the recipe's own
+
+    def run(self) -> None:
+        from jsparse import config, parallel
+        from jsparse.train.loop import train
+
+        parallel.initialize()
+        train(config.load(self.recipe, self.overrides))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's model as a Hugging Face folder."""
+
+    source: Arg[str]  # run folder
+    out: Arg[str]  # model folder to write
+    step: int | None = None  # a checkpoint kept; the newest by default
+    format: Literal["auto", "llama", "sparsellama", "jsparse"] = "auto"  # auto: the plainest that holds the model
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse import hf
+        from jsparse.train.checkpoint import load_run
+
+        config, params, info = load_run(self.source, self.step)
+        hf.save(self.out, config, params, tokenizer=info["tokenizer"], dtype=self.dtype, format=self.format,
+                overwrite=self.overwrite)  # fmt: skip
+        print(f"{self.out}: step {info['step']} of {self.source}")
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read a GGUF file and write a model folder."""
+
+    source: Arg[str]  # .gguf file
+    out: Arg[str]  # model folder to write
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse import hf
+
+        hf.import_gguf(self.source, self.out, dtype=self.dtype, overwrite=self.overwrite)
+        print(f"{self.out}: from {self.source}")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what precision a model runs."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along data, fsdp and tensor; -1: what is left
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a text is cut for evaluation."""
+
+    seq_len: int = 2048  # tokens a window shows
+    stride: int | None = None  # tokens from one window to the next; by default a whole window
+    bos: Literal["auto", "yes", "no"] = "auto"  # a BOS token before each window; auto: as the model's tokenizer does
+    max_tokens: int | None = None  # of the text; by default all
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the result goes."""
+
+    json: str | None = None  # by default a new file in the current folder
+    overwrite: bool = False  # replace what exists
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Perplexity, token count and activation sparsity by layer."""
+
+    model: Arg[str]  # model folder
+    data: str  # text, JSONL, Parquet, token store or `datasets` name
+    split: str = "test"  # of a `datasets` name
+    windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows()
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    result: Annotated[Result, tyro.conf.arg(name="")] = Result()
+
+    def run(self) -> None:
+        from jsparse import report
+
+        out = _result_path(self.result, "eval", self.model, self.data)
+        with _model(self.model, self.compute) as (config, params):
+            found = _evaluate(self, config, params, self.data, self.split)
+        values = {"command": "eval", "model": self.model, "data": self.data} | dataclasses.asdict(found)
+        _print_table(report.summary_table([values | {"name": Path(self.model).name}]))
+        print(f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len}, stride {found.stride}, "
+              f"{'no BOS' if found.bos is None else f'BOS {found.bos} before each'}")  # fmt: skip
+        _write_json(out, values)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts."""
+
+    model: Arg[str]  # model folder
+    prompt: tuple[str, ...]  # one or more
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0: the likeliest token always
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    result: Annotated[Result, tyro.conf.arg(name="")] = Result()
+
+    def run(self) -> None:
+        from jsparse.inference import Sampling, generate
+
+        out = _result_path(self.result, "generate", self.model)
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        tokenizer = _tokenizer(self.model)
+        prompts = [tokenizer(text).input_ids for text in self.prompt]
+        with _model(self.model, self.compute) as (config, params):
+            stream = _Stream(tokenizer, self.prompt[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
+            found = generate(params, config, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling,
+                             seed=self.seed, on_token=stream)  # fmt: skip
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found.tokens]
+        if stream:
+            print()
+        else:
+            print("\n\n".join(p + t for p, t in zip(self.prompt, texts, strict=True)))
+        speed = found.decode_tokens_per_second
+        print(f"[{sum(map(len, found.tokens))} tokens; decode {speed:.1f} tokens/s]", file=sys.stderr)
+        rows = [{"prompt": p, "text": t, "tokens": ids}
+                for p, t, ids in zip(self.prompt, texts, found.tokens, strict=True)]  # fmt: skip
+        _write_json(out, {"command": "generate", "model": self.model, "texts": rows,
+                          "prefill_seconds": found.prefill_seconds, "decode_seconds": found.decode_seconds,
+                          "decode_tokens_per_second": speed})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Prove a conversion: how far the predictions of two models are apart."""
+
+    a: Arg[str]  # model folder, the reference
+    b: Arg[str] = ""  # model folder; left out: a itself, against PyTorch
+    data: str = ""  # text, JSONL, Parquet, token store or `datasets` name
+    split: str = "test"  # of a `datasets` name
+    torch: bool = False  # run the reference in PyTorch
+    trust_remote_code: bool = False  # with --torch: let transformers execute the reference folder's Python files
+    max_kl: float | None = None  # exit with 1 where the mean KL is above
+    windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows(seq_len=512)
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    result: Annotated[Result, tyro.conf.arg(name="")] = Result()
+
+    def run(self) -> None:
+        from jsparse.inference import compare, compare_torch
+
+        check(bool(self.data), "--data", "a text", self.data)
+        check(bool(self.b) or self.torch, "compare", "two model folders, or one and --torch", self.a)
+        b, w = self.b or self.a, self.windows
+        out = _result_path(self.result, "compare", self.a, b)
+        with _model(b, self.compute) as (config, params):
+            tokens = _tokens(self.data, self.split, b, config.vocab_size, w.max_tokens)
+            shared: dict[str, Any] = dict(seq_len=w.seq_len, stride=w.stride, bos=_bos(w.bos, b, config),
+                                          batch_size=w.batch_size, progress=_progress("windows"))  # fmt: skip
+            if self.torch:
+                remote = self.trust_remote_code
+                found = compare_torch(self.a, params, config, tokens, trust_remote_code=remote, **shared)
+            else:
+                with _model(self.a, self.compute) as (config_a, params_a):
+                    found = compare(params_a, config_a, params, config, tokens, **shared)
+        values = dataclasses.asdict(found)
+        print("\n".join(f"{name:20} {value:.6g}" for name, value in values.items() if value is not None))
+        _write_json(out, {"command": "compare", "a": self.a, "b": b, "data": self.data} | values)
+        if self.max_kl is not None and not found.mean_kl <= self.max_kl:
+            raise ValueError(f"mean_kl: expected at most {self.max_kl}, got {found.mean_kl:.3g}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw runs and results: pictures and one HTML page."""
+
+    paths: Arg[tuple[str, ...]]  # run folders, result files or folders of them
+    out: str  # folder to write
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse.report import report
+
+        page = report([Path(p) for p in self.paths], Path(self.out), overwrite=self.overwrite)
+        print(page)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed on this machine: of the training step."""
+
+    what: Arg[Literal["train"]]
+    shape: str = "smollm2-135m"  # a named model shape, see jsparse.bench.SHAPES
+    batch_size: int = 32  # sequences a step
+    seq_len: int = 2048
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "full", "dots", "attention"] = "none"
+    unroll: int | None = None  # layers a step of the scan runs; by default all
+    steps: int = 20  # timed
+    result: Annotated[Result, tyro.conf.arg(name="")] = Result()
+
+    def run(self) -> None:
+        import jax
+
+        from jsparse.bench import SHAPES, bench_train
+
+        check(self.shape in SHAPES, "--shape", f"one of {', '.join(SHAPES)}", self.shape)
+        out = _result_path(self.result, "bench", self.what, self.shape)
+        found = bench_train(self.shape, batch_size=self.batch_size, seq_len=self.seq_len, dtype=self.dtype,
+                            remat=self.remat, unroll=self.unroll, steps=self.steps)  # fmt: skip
+        for row in found:
+            mfu = "" if row.mfu is None else f"  MFU {row.mfu:.1%}"
+            print(f"{row.name:14} {row.step_seconds * 1e3:8.1f} ms  {row.tokens_per_second:10,.0f} tokens/s{mfu}"
+                  f"  {row.overhead:+.1%}  {row.memory_bytes / 2**30:.1f} GiB")  # fmt: skip
+        device = jax.devices()[0].device_kind
+        _write_json(out, {"command": "bench train", "device": device, "devices": jax.device_count(),
+                          "jax": jax.__version__, "settings": dataclasses.asdict(self),
+                          "rows": [dataclasses.asdict(row) for row in found]})  # fmt: skip
+
+
+COMMANDS = {
+    "train": Train,
+    "export": Export,
+    "import": Import,
+    "eval": Eval,
+    "generate": Generate,
+    "compare": Compare,
+    "report": Report,
+    "bench": Bench,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits 0 on success, 2 on a usage error, 1 on failure."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns its exit code."""
+    try:
+        command = _parse(arguments)
+        command.run()
+    except ConfigError as error:
+        return _fail(2, error)
+    except (OSError, ValueError, RuntimeError) as error:
+        if os.environ.get("JSPARSE_TRACEBACK"):
+            raise
+        return _fail(1, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    return 0
+
+
+def _fail(code: int, error: object) -> int:
+    print(f"jsparse: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
+    return code
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    """tyro answers bad arguments with a framed page; ours is one line."""
+    kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    page = io.StringIO()
+    arguments = list(arguments) or ["--help"]
+    if arguments[0] == "train" and "--help" in arguments:
+        print(_recipe_help())
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(
+                tyro.conf.OmitArgPrefixes[__import__("typing").Union[kinds]],  # type: ignore[index]
+                prog="jsparse",
+                description="Sparse LLaMA models in JAX.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in page.getvalue().splitlines()]
+        told = "; ".join(line.rstrip(":") if line.endswith(":") else line for line in lines if line)
+        raise ConfigError(told) from None
+
+
+def _recipe_help() -> str:
+    """Every field of a recipe with its meaning, from the comments of `jsparse/config.py`."""
+    from jsparse import config
+
+    return f"Settings of a recipe:\n\n{config.describe(config.TrainConfig)}\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the commands share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _model(path: str, compute: Compute) -> Iterator[tuple[Any, Any]]:
+    """A model folder's config and parameters, with the mesh they are on in context."""
+    import jax
+
+    from jsparse import hf, parallel
+
+    mesh = parallel.make_mesh(MeshConfig(*compute.mesh))
+    with jax.set_mesh(mesh):
+        yield hf.load(path, dtype=compute.dtype, mesh=mesh)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+
+def _tokens(data: str, split: str, model: str, vocab_size: int, limit: int | None) -> Any:
+    from jsparse.data import open_source
+
+    return open_source(Source(data, split=split), model, CACHE, vocab_size).tokens[:limit]
+
+
+def _bos(policy: str, model: str, config: Any) -> int | None:
+    if policy == "auto":
+        policy = "yes" if _tokenizer(model)("").input_ids[:1] == [config.bos_token_id] else "no"
+    return config.bos_token_id if policy == "yes" else None
+
+
+def _evaluate(command: Any, config: Any, params: Any, data: str, split: str, **more: Any) -> Any:
+    from jsparse.inference import evaluate
+
+    w = command.windows
+    tokens = _tokens(data, split, command.model, config.vocab_size, w.max_tokens)
+    return evaluate(params, config, tokens, seq_len=w.seq_len, stride=w.stride, bos=_bos(w.bos, command.model, config),
+                    batch_size=w.batch_size, progress=_progress("windows"), **more)  # fmt: skip
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A line on the terminal, redrawn, with an estimate of what is left; silent where nobody watches."""
+    import time
+
+    began = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            left = (time.perf_counter() - began) / done * (total - done)
+            end = "\r" if done < total else "\r\033[K"
+            print(f"{done}/{total} {what}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+class _Stream:
+    """Prints text as its tokens come; a token may be half a character, so what is printed is the text's growth."""
+
+    def __init__(self, tokenizer: Any, prompt: str):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+        print(prompt, end="", flush=True)
+
+    def __call__(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("�"):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+
+def _result_path(result: Result, *parts: str) -> Path:
+    """Where the JSON goes: the file asked for, or a new name in the current folder."""
+    if result.json:
+        path = Path(result.json)
+        check(result.overwrite or not path.exists(), "--json", "a new file (or --overwrite)", str(path))
+        return path
+    stem = "-".join(Path(p).name for p in parts)
+    names = (Path(f"{stem}{f'-{i}' if i else ''}.json") for i in range(10_000))
+    return next(p for p in names if result.overwrite or not p.exists())
+
+
+def _write_json(path: Path, values: Any) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(scratch, path)
+    print(path, file=sys.stderr)
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)

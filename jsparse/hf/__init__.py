@@ -1,0 +1,7 @@
+"""Hugging Face model folders in and out, GGUF in. No torch, no pickle, no remote code."""
+
+from jsparse.hf.config import read_config
+from jsparse.hf.folder import load, save
+from jsparse.hf.gguf import import_gguf, load_gguf
+
+__all__ = ["import_gguf", "load", "load_gguf", "read_config", "save"]
