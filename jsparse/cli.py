@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
+from tyro.conf import Positional
 
 from jsparse.config import ConfigError, MeshConfig, Source, check
 
-Arg = tyro.conf.Positional
 CACHE = "~/.cache/jsparse"
 
 
@@ -31,8 +31,8 @@ class Train:
     Settings are those of `jsparse.config.TrainConfig`; `jsparse train --help` lists them.
     """
 
-    recipe: Arg[str]  # a YAML file, see configs/
-    overrides: Arg[tuple[str, ...]] = ()  # field.sub=value, over the recipe's own
+    recipe: Positional[str]  # a YAML file, see configs/
+    overrides: Positional[tuple[str, ...]] = ()  # field.sub=value, over the recipe's own
 
     def run(self) -> None:
         from jsparse import config, parallel
@@ -46,8 +46,8 @@ class Train:
 class Export:
     """Write a run's model as a Hugging Face folder."""
 
-    source: Arg[str]  # run folder
-    out: Arg[str]  # model folder to write
+    source: Positional[str]  # run folder
+    out: Positional[str]  # model folder to write
     step: int | None = None  # a checkpoint kept; the newest by default
     format: Literal["auto", "llama", "sparsellama", "jsparse"] = "auto"  # auto: the plainest that holds the model
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -67,8 +67,8 @@ class Export:
 class Import:
     """Read a GGUF file and write a model folder."""
 
-    source: Arg[str]  # .gguf file
-    out: Arg[str]  # model folder to write
+    source: Positional[str]  # .gguf file
+    out: Positional[str]  # model folder to write
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     overwrite: bool = False
 
@@ -110,7 +110,7 @@ class Result:
 class Eval:
     """Perplexity, token count and activation sparsity by layer."""
 
-    model: Arg[str]  # model folder
+    model: Positional[str]  # model folder
     data: str  # text, JSONL, Parquet, token store or `datasets` name
     split: str = "test"  # of a `datasets` name
     windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows()
@@ -122,7 +122,7 @@ class Eval:
 
         out = _result_path(self.result, "eval", self.model, self.data)
         with _model(self.model, self.compute) as (config, params):
-            found = _evaluate(self, config, params, self.data, self.split)
+            found = _evaluator(self, config)(params, config)
         values = {"command": "eval", "model": self.model, "data": self.data} | dataclasses.asdict(found)
         _print_table(report.summary_table([values | {"name": Path(self.model).name}]))
         print(f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len}, stride {found.stride}, "
@@ -134,7 +134,7 @@ class Eval:
 class Generate:
     """Continue prompts."""
 
-    model: Arg[str]  # model folder
+    model: Positional[str]  # model folder
     prompt: tuple[str, ...]  # one or more
     max_new_tokens: int = 64
     temperature: float = 0.0  # 0: the likeliest token always
@@ -174,8 +174,8 @@ class Generate:
 class Compare:
     """Prove a conversion: how far the predictions of two models are apart."""
 
-    a: Arg[str]  # model folder, the reference
-    b: Arg[str] = ""  # model folder; left out: a itself, against PyTorch
+    a: Positional[str]  # model folder, the reference
+    b: Positional[str] = ""  # model folder; left out: a itself, against PyTorch
     data: str = ""  # text, JSONL, Parquet, token store or `datasets` name
     split: str = "test"  # of a `datasets` name
     torch: bool = False  # run the reference in PyTorch
@@ -210,10 +210,76 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Shift the thresholds of a ReLU model: by one global threshold (FATReLU), or neuron by neuron (CETT).
+
+    Prints a sweep, then solves for one goal and writes the shifted model.
+    """
+
+    model: Positional[str]  # model folder
+    out: Positional[str]  # model folder to write
+    data: str  # text to measure on
+    calibration: str = ""  # text for CETT's statistics; by default the data itself
+    criterion: Literal["fatrelu", "cett"] = "fatrelu"
+    target_sparsity: float | None = None  # goal: at least this mean sparsity
+    target_perplexity: float | None = None  # goal: at most this perplexity
+    target_rise: float | None = None  # goal: at most this relative rise of the perplexity, 0.01 is one per cent
+    sweep: tuple[float, ...] = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # thresholds (fatrelu) or errors (cett)
+    split: str = "test"  # of a `datasets` name
+    windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows(max_tokens=65_536)
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse import hf
+        from jsparse.methods import prosparse
+
+        goal = {"sparsity": self.target_sparsity, "perplexity": self.target_perplexity, "rise": self.target_rise}
+        given = {name: value for name, value in goal.items() if value is not None}
+        check(len(given) == 1, "threshold", "one of --target-sparsity, --target-perplexity and --target-rise", given)
+        check(self.overwrite or not Path(self.out).exists(), "out", "a new folder (or --overwrite)", self.out)
+
+        with _model(self.model, self.compute) as (config, params):
+            evaluate = _evaluator(self, config)
+
+            def measure(params: Any, config: Any, threshold: float | None = None) -> tuple[float, Any]:
+                found = evaluate(params, config, threshold)
+                mean = sum(found.sparsity) / len(found.sparsity)
+                print(f"  perplexity {found.perplexity:8.3f}  sparsity {mean:.4f}")
+                return found.perplexity, found.sparsity
+
+            print(f"sweep of {'thresholds' if self.criterion == 'fatrelu' else 'errors'} {self.sweep}")
+            if self.criterion == "fatrelu":
+                points = prosparse.sweep(lambda t: measure(params, config, t), self.sweep)
+                print(f"solving for {given}")
+                point = prosparse.solve(lambda t: measure(params, config, t), **given)
+                config = prosparse.shift(config, point.setting)
+            else:
+                text = self.calibration or self.data
+                tokens = _tokens(text, self.split, self.model, config.vocab_size, 16_384)
+                length = min(512, len(tokens))
+                batches = tokens[: len(tokens) // length * length].reshape(-1, 1, length).astype("int32")
+                curve = prosparse.cett_curve(params, config, batches)
+                points = prosparse.sweep(
+                    lambda e: measure(*prosparse.apply_cett(params, config, curve.tau_at(e))), self.sweep
+                )
+                print(f"solving for {given}")
+                params, config, point = prosparse.solve_cett(measure, params, config, batches, **given)
+            hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite)
+        values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": self.criterion,
+                  "goal": given, "setting": point.setting, "perplexity": point.perplexity,
+                  "sparsity": point.sparsity,
+                  "points": [dataclasses.asdict(p) | {"threshold": p.setting} for p in points]}  # fmt: skip
+        print(f"{self.out}: {self.criterion} at {point.setting:.5g}, perplexity {point.perplexity:.3f}, "
+              f"sparsity {point.mean_sparsity:.4f}")  # fmt: skip
+        _write_json(Path(self.out) / "threshold.json", values)
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw runs and results: pictures and one HTML page."""
 
-    paths: Arg[tuple[str, ...]]  # run folders, result files or folders of them
+    paths: Positional[tuple[str, ...]]  # run folders, result files or folders of them
     out: str  # folder to write
     overwrite: bool = False
 
@@ -228,7 +294,7 @@ class Report:
 class Bench:
     """Measure speed on this machine: of the training step."""
 
-    what: Arg[Literal["train"]]
+    what: Positional[Literal["train"]]
     shape: str = "smollm2-135m"  # a named model shape, see jsparse.bench.SHAPES
     batch_size: int = 32  # sequences a step
     seq_len: int = 2048
@@ -263,6 +329,7 @@ COMMANDS = {
     "import": Import,
     "eval": Eval,
     "generate": Generate,
+    "threshold": Threshold,
     "compare": Compare,
     "report": Report,
     "bench": Bench,
@@ -305,7 +372,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(page):
             return tyro.cli(
-                tyro.conf.OmitArgPrefixes[__import__("typing").Union[kinds]],  # type: ignore[index]
+                tyro.conf.OmitArgPrefixes[Union[kinds]],  # type: ignore[misc, valid-type]  # noqa: UP007
                 prog="jsparse",
                 description="Sparse LLaMA models in JAX.",
                 args=arguments,
@@ -345,7 +412,7 @@ def _model(path: str, compute: Compute) -> Iterator[tuple[Any, Any]]:
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
 
 
 def _tokens(data: str, split: str, model: str, vocab_size: int, limit: int | None) -> Any:
@@ -360,13 +427,19 @@ def _bos(policy: str, model: str, config: Any) -> int | None:
     return config.bos_token_id if policy == "yes" else None
 
 
-def _evaluate(command: Any, config: Any, params: Any, data: str, split: str, **more: Any) -> Any:
+def _evaluator(command: "Eval | Threshold", config: Any) -> Callable[..., Any]:
+    """(params, config, threshold=None) -> Evaluation of the command's text, which is opened once."""
     from jsparse.inference import evaluate
 
     w = command.windows
-    tokens = _tokens(data, split, command.model, config.vocab_size, w.max_tokens)
-    return evaluate(params, config, tokens, seq_len=w.seq_len, stride=w.stride, bos=_bos(w.bos, command.model, config),
-                    batch_size=w.batch_size, progress=_progress("windows"), **more)  # fmt: skip
+    tokens = _tokens(command.data, command.split, command.model, config.vocab_size, w.max_tokens)
+    bos = _bos(w.bos, command.model, config)
+
+    def measure(params: Any, config: Any, threshold: float | None = None) -> Any:
+        return evaluate(params, config, tokens, seq_len=w.seq_len, stride=w.stride, bos=bos, batch_size=w.batch_size,
+                        threshold=threshold, progress=_progress("windows"))  # fmt: skip
+
+    return measure
 
 
 def _progress(what: str) -> Callable[[int, int], None]:
@@ -388,7 +461,8 @@ class _Stream:
     """Prints text as its tokens come; a token may be half a character, so what is printed is the text's growth."""
 
     def __init__(self, tokenizer: Any, prompt: str):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+        self.tokenizer, self.shown = tokenizer, ""
+        self.ids: list[int] = []
         print(prompt, end="", flush=True)
 
     def __call__(self, row: int, token: int) -> None:

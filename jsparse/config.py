@@ -356,7 +356,7 @@ class Target:
     reach: int = 1000
     initial: float = 1e-3  # the weight at `start`; rather too small than too large
     gain: float = 20.0  # relative change of the weight for a relative change of the active share
-    settle: float = 200.0  # steps in which the integral part does as much as the proportional part
+    settle: float = 100.0  # steps in which the integral part does as much as the proportional part
     rate: float = 0.1  # largest change of log(weight) in a step
     smoothing: float = 0.9  # decay of the running mean of the measured sparsity
 

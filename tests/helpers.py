@@ -1,6 +1,7 @@
 """What several tests share: a small model's config, and the way to PyTorch's `LlamaForCausalLM` and back."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -131,3 +132,19 @@ def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
         assert a.shape == b.shape, f"{name}: {a.shape}, expected {b.shape}"
         error, scale = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
         assert error <= rtol * scale, f"{name}: off by {error:.2e} where the largest is {scale:.2e}"
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Byte level without merges, the alphabet in the order of the bytes: token id = byte, then end (256), pad (257)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's map of bytes to visible characters
+    others = iter(range(256, 512))
+    alphabet = [chr(b if b in printable else next(others)) for b in range(256)]
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|other|>")
+    assert fast.convert_tokens_to_ids(["<|end|>", "<|other|>"]) == [256, 257]
+    fast.save_pretrained(folder)

@@ -16,6 +16,7 @@ import pytest
 
 from jsparse.config import ConfigError, Source
 from jsparse.data import build, open_source, store, text
+from tests.helpers import save_byte_tokenizer
 
 END, OTHER_END, VOCAB = 256, 257, 258
 TEXTS = ["first document", "zweites, mit Ümlaut\n\nund Absatz", "", "third \U0001f40d"]
@@ -23,20 +24,8 @@ TEXTS = ["first document", "zweites, mit Ümlaut\n\nund Absatz", "", "third \U00
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    """Byte level without merges, the alphabet in the order of the bytes: token id = byte, then two end tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's map of bytes to visible characters
-    others = iter(range(256, 512))
-    alphabet = [chr(b if b in printable else next(others)) for b in range(256)]
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|other|>")
-    assert fast.convert_tokens_to_ids(["<|end|>", "<|other|>"]) == [END, OTHER_END]
-    fast.save_pretrained(folder)
+    save_byte_tokenizer(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jsparse import hf, model
-from jsparse.config import Cett, FatRelu, LlamaConfig, Relu, ShiftedRelu
+from jsparse.config import Cats, Cett, FatRelu, LlamaConfig, Relu, ShiftedRelu
 from tests.helpers import random_params, tiny_config, tokens
 
 torch = pytest.importorskip("torch")
@@ -23,6 +23,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "fatrelu as jsparse": ({"activation": FatRelu(0.05)}, "jsparse"),
     "relu as sparsellama": ({"activation": Relu()}, "sparsellama"),
     "shifted relu": ({"activation": ShiftedRelu(0.1), "tie_word_embeddings": True}, "jsparse"),
+    "shifted relu with a threshold": ({"activation": ShiftedRelu(0.1, 0.2)}, "jsparse"),
+    "cats": ({"activation": Cats(0.1)}, "jsparse"),
     "cett": ({"activation": Cett()}, "jsparse"),
     "three heads of 32": ({"num_attention_heads": 3, "num_key_value_heads": 1}, "jsparse"),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,11 +12,12 @@ import yaml
 from etils import epath
 
 from jsparse import config as configs
-from jsparse import model, parallel
+from jsparse import hf, model, parallel
 from jsparse.config import (
     CheckpointConfig,
     ConfigError,
     CosineLr,
+    Distill,
     Fixed,
     LogConfig,
     MeshConfig,
@@ -23,14 +25,17 @@ from jsparse.config import (
     OptimizerConfig,
     PaperCodeL1,
     ProSparse,
+    Relu,
     Silu,
     Source,
     TrainConfig,
     WsdLr,
 )
 from jsparse.train import checkpoint, loop
+from jsparse.train.host import Clock
 from jsparse.train.loop import TrainingError, check_same_recipe, train
-from jsparse.train.metrics import flops_per_token, read_metrics
+from jsparse.train.metrics import Speed, flops_per_token, read_metrics
+from tests.helpers import random_params
 from tests.train_helpers import MODEL, recipe
 
 TIMES = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_peak"}
@@ -147,6 +152,41 @@ def test_goes_on_on_another_mesh(done, tmp_path):
     assert summary.loss == losses[8]
 
 
+def test_from_a_folder_with_a_teacher_on_packed_documents(tmp_path):
+    """SiLU folder to a ReLU student of itself; documents of 3 to 40 tokens; bfloat16."""
+    silu = dataclasses.replace(MODEL, activation=Silu())
+    hf.save(tmp_path / "model", silu, random_params(silu))
+    store, rng = tmp_path / "store", np.random.default_rng(0)
+    store.mkdir()
+    lengths = rng.integers(3, 40, 100)
+    np.save(store / "tokens.npy", rng.integers(0, 64, lengths.sum()).astype(np.uint16))
+    np.save(store / "offsets.npy", np.cumsum(lengths) - lengths)
+    about = {"format": 1, "tokens": int(lengths.sum()), "documents": 100, "largest_id": 63}
+    (store / "store.json").write_text(json.dumps(about))
+    config = recipe(
+        tmp_path,
+        model=ModelSource(path=str(tmp_path / "model"), activation=Relu()),
+        distill=Distill(str(tmp_path / "model")),
+        mesh=MeshConfig(8),
+        dtype="bfloat16",
+        steps=2,
+    )
+    config = replace(config, "data.train", (Source(str(store)),))
+    train(replace(config, "data.documents", "packed"))
+
+    first, _ = lines(config.run)
+    assert first["kl"] > 0 and 0.3 < np.mean(first["sparsity"]) < 0.7
+    trained, params, info = checkpoint.load_run(config.run)
+    assert trained == MODEL and info["tokenizer"] == str(tmp_path / "model")
+    assert not same(params, random_params(silu))
+    with pytest.raises(
+        ConfigError, match=r"^distill\.teacher: expected a model of the same vocabulary \(64\), got 32$"
+    ):
+        small = dataclasses.replace(silu, vocab_size=32)
+        hf.save(tmp_path / "small", small, random_params(small))
+        train(dataclasses.replace(config, run=str(tmp_path / "other"), distill=Distill(str(tmp_path / "small"))))
+
+
 def test_diverging_run_ends(tmp_path):
     config = recipe(tmp_path, optimizer=OptimizerConfig(lr=1e30, clip=np.inf, max_skipped=3), mesh=MeshConfig(8, 1, 1),
                     checkpoint=CheckpointConfig(every=1))  # fmt: skip
@@ -249,3 +289,22 @@ def test_flops_of_a_known_model():
     assert flops_per_token(config, 2048) == 6 * 134_515_008 + 6 * 30 * 9 * 64 * 2048
     untied = dataclasses.replace(config, tie_word_embeddings=False)
     assert flops_per_token(untied, 2048) == flops_per_token(config, 2048)
+
+
+def test_speed(monkeypatch, tmp_path):
+    """12 steps in 6 seconds, of which one went to an evaluation and one to waiting for data."""
+    config, now = recipe(tmp_path), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock()
+    h200 = SimpleNamespace(device_kind="NVIDIA H200")
+    speed = Speed(config, MODEL, SimpleNamespace(devices=np.array([h200, h200]), size=2), clock, start=100)
+    for activity, seconds in (("eval", 1.0), ("wait for data", 1.0), ("step", 4.0)):
+        with clock(activity):
+            now[0] += seconds
+    values = speed(112)
+    tokens = config.data.batch_size * config.data.seq_len
+    assert values["tokens"] == 112 * tokens
+    assert values["tokens_per_second"] == pytest.approx(12 * tokens / 5)
+    assert values["step_seconds"] == pytest.approx(5 / 12)
+    assert values["data_wait"] == pytest.approx(1 / 5)
+    assert values["mfu"] == pytest.approx(12 * tokens / 5 * flops_per_token(MODEL, config.data.seq_len) / (2 * 989e12))

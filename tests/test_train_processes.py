@@ -28,7 +28,6 @@ def test_two_processes_match_one(tmp_path):
             cwd=Path(__file__).parents[1],
             env=os.environ
             | {
-                "XLA_FLAGS": "--xla_backend_optimization_level=0",
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(process),

@@ -1,7 +1,6 @@
 """A run that dies again and again ends as one left alone: the same bits, the same metrics."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ def test_many_lives_end_as_one(tmp_path):
     child = subprocess.run(
         [sys.executable, "-m", "tests.train_lives", str(tmp_path)],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
         timeout=600,

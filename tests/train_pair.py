@@ -1,6 +1,6 @@
 """One of two processes that train together: first a short run to its end, then one that never ends by itself.
 
-    python -m tests.train_pair FOLDER     with the environment that jsparse.parallel.initialize reads
+python -m tests.train_pair FOLDER     with the environment that jsparse.parallel.initialize reads
 """
 
 import dataclasses

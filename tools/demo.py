@@ -93,9 +93,9 @@ def main() -> None:
         return found.perplexity, found.sparsity
 
     say(f"solving for the threshold that costs a factor of {BUDGET} in perplexity")
-    threshold = prosparse.solve(at, perplexity=BUDGET * trained.perplexity)
-    shifted = prosparse.shift(config, threshold)
-    measure(f"and threshold {threshold:.3f}", params, shifted)
+    point = prosparse.solve(at, perplexity=BUDGET * trained.perplexity, tolerance=5e-3)
+    shifted = prosparse.shift(config, point.setting)
+    measure(f"and threshold {point.setting:.3f}", params, shifted)
     say(f"generated: {continue_text(params, shifted)}")
 
     out = HOME / "exported"
@@ -115,9 +115,9 @@ def main() -> None:
 def continue_text(params: Params, config: LlamaConfig) -> str:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(HOME / "model")
+    tokenizer = AutoTokenizer.from_pretrained(HOME / "model", trust_remote_code=False)
     found = generate(params, config, [tokenizer(PROMPT).input_ids], max_new_tokens=24)
-    return repr(PROMPT + tokenizer.decode(found.tokens[0]))
+    return repr(PROMPT + str(tokenizer.decode(found.tokens[0])))
 
 
 if __name__ == "__main__":

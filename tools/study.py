@@ -43,7 +43,8 @@ def main() -> None:
 
 def schedule(args: argparse.Namespace) -> None:
     """Keeps every GPU busy with one variant at a time; a failed variant is reported and does not stop the others."""
-    waiting, running = list(args.variants), {}
+    waiting = list(args.variants)
+    running: dict[int, tuple[str, subprocess.Popen]] = {}
     results = []
     while waiting or running:
         for gpu in range(args.gpus):

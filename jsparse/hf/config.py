@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsparse import config as configs
-from jsparse.config import Cett, ConfigError, FatRelu, Gelu, LlamaConfig, ShiftedRelu, check
+from jsparse.config import Cats, Cett, ConfigError, FatRelu, Gelu, LlamaConfig, ShiftedRelu, check
 
 Format = Literal["llama", "sparsellama", "jsparse"]
 
@@ -71,7 +71,12 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {"type": "relu"},
     "cett": {"type": "cett"},
 }
-_THRESHOLDED = {"fatrelu": "threshold", "shifted_relu": "shift", "shiftrelu": "shift"}  # the last: the authors' name
+_PARAMETERS = {  # what hidden_act_param holds: a number, or a list of these
+    "fatrelu": ("threshold",),
+    "cats": ("threshold",),
+    "shifted_relu": ("shift", "threshold"),
+    "shiftrelu": ("shift",),  # the ProSparse authors' name of it
+}
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DEFAULTS: dict[str, Any] = {  # transformers' own, which differ from ours
@@ -181,11 +186,13 @@ def _read_activation(name: Any, param: Any) -> dict[str, Any]:
     if stem in ("fatrelu", "shiftrelu"):  # "fatrelu_0.01", how the ProSparse authors write it among themselves
         check(param is None, "hidden_act_param", f"nothing beside hidden_act {name!r}", param)
         name, param = stem, inline
-    if name in _THRESHOLDED:
-        check(param is not None, "hidden_act_param", f"the threshold of hidden_act {name!r}", param)
-        kind = "fatrelu" if name == "fatrelu" else "shifted_relu"
-        return {"type": kind, _THRESHOLDED[name]: param}
-    known = ", ".join([*_ACTIVATIONS, *_THRESHOLDED])
+    if name in _PARAMETERS:
+        names, numbers = _PARAMETERS[name], param if isinstance(param, list) else [param]
+        good = param is not None and 0 < len(numbers) <= len(names)
+        check(good, "hidden_act_param", f"the {' and '.join(names)} of hidden_act {name!r}", param)
+        kind = "shifted_relu" if name == "shiftrelu" else name
+        return {"type": kind} | dict(zip(names, numbers, strict=False))
+    known = ", ".join([*_ACTIVATIONS, *_PARAMETERS])
     check(name in _ACTIVATIONS, "hidden_act", f"one of {known}", name)
     if param is not None:
         raise ConfigError(f"hidden_act_param = {param!r}: hidden_act {name!r} takes none; delete it or use 'fatrelu'")
@@ -196,7 +203,9 @@ def _write_activation(config: LlamaConfig) -> dict[str, Any]:
     match config.activation:
         case Gelu(approximate):
             return {"hidden_act": "gelu_pytorch_tanh" if approximate else "gelu"}
-        case FatRelu(param) | ShiftedRelu(param):
+        case ShiftedRelu(shift, threshold):
+            return {"hidden_act": "shifted_relu", "hidden_act_param": [shift, threshold] if threshold else shift}
+        case FatRelu(param) | Cats(param):
             return {"hidden_act": config.activation.type, "hidden_act_param": param}
         case activation:
             return {"hidden_act": activation.type}
@@ -247,7 +256,7 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         ConfigError: the wanted format cannot express the model; the message names those that can.
     """
     able: list[Format] = ["jsparse"]
-    if not isinstance(config.activation, ShiftedRelu | Cett):
+    if not isinstance(config.activation, ShiftedRelu | Cats | Cett):
         able.insert(0, "sparsellama")
         if not isinstance(config.activation, FatRelu):
             able.insert(0, "llama")

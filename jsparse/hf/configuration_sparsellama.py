@@ -2,7 +2,8 @@
 
 hidden_act is any of transformers' own, or
     "fatrelu"       g where g >= hidden_act_param, else 0
-    "shifted_relu"  max(g - hidden_act_param, 0)
+    "shifted_relu"  max(g - hidden_act_param, 0); of [shift, threshold], also 0 below the threshold
+    "cats"          silu(g) where |silu(g)| >= hidden_act_param, else 0
     "cett"          ReLU; neuron i drops out where |relu(g_i) u_i| < threshold_i, a tensor of each layer
 """
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 class SparseLlamaConfig(LlamaConfig):
     model_type = "sparsellama"
 
-    hidden_act_param: float | None = None
+    hidden_act_param: float | list[float] | None = None
 
 
 class JsparseConfig(SparseLlamaConfig):

@@ -8,24 +8,41 @@ from transformers import LlamaForCausalLM, LlamaModel
 from .configuration_sparsellama import JsparseConfig, SparseLlamaConfig
 
 
-class FatRelu(nn.Module):
-    """Keeps values of at least `threshold`; compares in float32, so that the threshold is the same in every dtype."""
+def keep(score, value, threshold):
+    """`value` where `score` reaches the threshold, else 0. Compared in float32: the same in every dtype."""
+    return torch.where(score.float() >= threshold, value, torch.zeros_like(value))
 
+
+class FatRelu(nn.Module):
     def __init__(self, threshold):
         super().__init__()
         self.threshold = threshold
 
     def forward(self, gate):
-        return torch.where(gate.float() >= self.threshold, gate, torch.zeros_like(gate))
+        return keep(gate, gate, self.threshold)
 
 
 class ShiftedRelu(nn.Module):
-    def __init__(self, shift):
+    def __init__(self, shift, threshold=0.0):
         super().__init__()
-        self.shift = shift
+        self.shift, self.threshold = shift, threshold
 
     def forward(self, gate):
-        return torch.relu(gate - self.shift)
+        shifted = torch.relu(gate - self.shift)
+        return keep(shifted, shifted, self.threshold)
+
+
+class Cats(nn.Module):
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, gate):
+        score = nn.functional.silu(gate)
+        return keep(score.abs(), score, self.threshold)
+
+
+ACTIVATIONS = {"fatrelu": FatRelu, "shifted_relu": ShiftedRelu, "cats": Cats}
 
 
 class CettMLP(nn.Module):
@@ -38,22 +55,19 @@ class CettMLP(nn.Module):
 
     def forward(self, x):
         hidden = torch.relu(self.gate_proj(x)) * self.up_proj(x)
-        kept = hidden.float().abs() >= self.threshold.float()
-        return self.down_proj(torch.where(kept, hidden, torch.zeros_like(hidden)))
+        return self.down_proj(keep(hidden.abs(), hidden, self.threshold.float()))
 
 
 class _Sparse:
     def __init__(self, config):
-        name = config.hidden_act
-        known = name not in ("fatrelu", "shifted_relu", "cett")
-        config.hidden_act = name if known else "relu"  # LlamaMLP is built first, with an activation it knows
+        name, param = config.hidden_act, config.hidden_act_param
+        ours = name in ACTIVATIONS or name == "cett"
+        config.hidden_act = "relu" if ours else name  # LlamaMLP is built first, with an activation it knows
         super().__init__(config)
         config.hidden_act = name
         for layer in getattr(self, "model", self).layers:
-            if name == "fatrelu":
-                layer.mlp.act_fn = FatRelu(config.hidden_act_param)
-            elif name == "shifted_relu":
-                layer.mlp.act_fn = ShiftedRelu(config.hidden_act_param)
+            if name in ACTIVATIONS:
+                layer.mlp.act_fn = ACTIVATIONS[name](*(param if isinstance(param, list | tuple) else [param]))
             elif name == "cett":
                 layer.mlp = CettMLP(layer.mlp, config.intermediate_size)
 

@@ -27,14 +27,19 @@ from jsparse.config import CheckpointConfig, ConfigError, LlamaConfig
 from jsparse.model import Params
 from jsparse.train.state import TrainState
 
-FOLDER = "checkpoints"
+
+def _folder(run: epath.PathLike) -> epath.Path:
+    """Of a run's checkpoints; Orbax takes absolute paths only."""
+    return epath.Path(run).expanduser().resolve() / "checkpoints"
+
+
 _NAMES = ocp.path.step.standard_name_format()
 _REST = [f.name for f in dataclasses.fields(TrainState) if f.name != "params"]
 
 
 def steps(run: epath.PathLike) -> list[int]:
     """The steps of a run folder's whole checkpoints, in order."""
-    folder = epath.Path(run) / FOLDER
+    folder = _folder(run)
     return sorted(found.step for found in _NAMES.find_all(folder)) if folder.exists() else []
 
 
@@ -46,7 +51,7 @@ class Checkpoints:
         keep: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
-        self.folder = epath.Path(run) / FOLDER
+        self.folder = _folder(run)
         with _one_line(f"{self.folder}: cannot be opened"):
             _finish_deletions(self.folder)
             self._orbax = ocp.training.Checkpointer(
@@ -142,7 +147,7 @@ def load_run(
         asked = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         raise ConfigError(f"{run}: expected {asked}, got {', '.join(map(str, found)) or 'none'}")
     step = found[-1] if step is None else step
-    folder = epath.Path(run) / FOLDER
+    folder = _folder(run)
     mesh = parallel.single_device_mesh() if mesh is None else mesh
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.abstract(config),
                           model.shardings(config, mesh))  # fmt: skip

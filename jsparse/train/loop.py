@@ -330,7 +330,7 @@ def evaluate_held_out(
     params: Params, config: TrainConfig, model_config: LlamaConfig, held_out: dict[str, Store]
 ) -> dict[str, dict[str, Any]]:
     """The evaluation of each held-out source on its first `log.eval_tokens` tokens, in the computation's dtype."""
-    params = jax.jit(lambda p: model.cast(p, model_config, config.dtype))(params)
+    params = _cast(params, model_config, config.dtype)
     return {
         name: dataclasses.asdict(
             evaluate(
@@ -343,3 +343,6 @@ def evaluate_held_out(
         )
         for name, store in held_out.items()
     }
+
+
+_cast = jax.jit(model.cast, static_argnums=(1, 2))

@@ -1,0 +1,144 @@
+"""Every command end to end on a small model, and what it answers to bad input."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jsparse import config, hf, model
+from jsparse.cli import COMMANDS, run
+from jsparse.config import FatRelu, Relu
+from tests.helpers import save_byte_tokenizer, tiny_config
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 20
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a text, a ReLU model that knows a byte tokenizer, and a recipe that trains it."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "text.txt").write_text(TEXT)
+    (home / "tokenizer").mkdir()
+    save_byte_tokenizer(home / "tokenizer")
+    shape = tiny_config(vocab_size=258, activation=Relu(), eos_token_id=256, bos_token_id=None)
+    hf.save(home / "model", shape, model.init(jax.random.key(0), shape), tokenizer=home / "tokenizer")
+    (home / "recipe.yaml").write_text(f"""
+run: {home}/run
+model: {{path: {home}/model}}
+data: {{train: [{{path: {home}/text.txt}}], seq_len: 32, batch_size: 8, cache: {home}/cache}}
+steps: 3
+method: {{type: prosparse, weight: {{type: fixed, value: 0.1}}}}
+optimizer: {{lr: 1e-2}}
+log: {{every: 1, tensorboard: false}}
+dtype: float32
+compile_cache: null
+""")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def in_folder(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("jsparse.cli.CACHE", str(home / "cache"))
+
+
+def answer(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and the error line of a command."""
+    capsys.readouterr()
+    code = run(arguments)
+    return code, capsys.readouterr().err
+
+
+def test_train_export_eval_report(home, capsys):
+    assert run(["train", "recipe.yaml", "steps=4"]) == 0
+    assert run(["export", "run", "exported"]) == 0
+    found, _ = hf.load(home / "exported")
+    assert found.activation == Relu()
+    assert run(["eval", "exported", "--data", "text.txt", "--seq-len", "32", "--json", "eval.json"]) == 0
+    values = json.loads((home / "eval.json").read_text())
+    assert values["tokens"] == len(TEXT) and len(values["sparsity"]) == found.num_hidden_layers
+    assert values["perplexity"] < 258
+    assert run(["report", "run", "eval.json", "--out", "page"]) == 0
+    assert "<html" in (home / "page" / "index.html").read_text()
+    code, error = answer(capsys, "export", "run", "exported")
+    assert code == 2 and "exported" in error and error.count("\n") == 1
+
+
+def test_eval_names_its_result_and_never_replaces_one(home):
+    for name in ("eval-model-text.txt.json", "eval-model-text.txt-1.json"):
+        assert run(["eval", "model", "--data", "text.txt", "--max-tokens", "65", "--seq-len", "32"]) == 0
+        assert (home / name).exists()
+
+
+def test_generate(home, capsys):
+    assert run(["generate", "model", "--prompt", "It was", "the age", "--max-new-tokens", "5", "--json", "g.json"]) == 0
+    texts = json.loads((home / "g.json").read_text())["texts"]
+    assert [t["prompt"] for t in texts] == ["It was", "the age"] and all(len(t["tokens"]) <= 5 for t in texts)
+    assert "It was" + texts[0]["text"] in capsys.readouterr().out
+
+
+def test_threshold_by_either_criterion(home):
+    shared = ["--data", "text.txt", "--max-tokens", "257", "--seq-len", "32", "--target-sparsity", "0.8"]
+    assert run(["threshold", "model", "fat", *shared, "--sweep", "0", "0.01"]) == 0
+    found, _ = hf.load(home / "fat")
+    assert isinstance(found.activation, FatRelu) and found.activation.threshold > 0
+    assert run(["threshold", "model", "cett", *shared, "--criterion", "cett", "--sweep", "0", "0.1"]) == 0
+    for name in ("fat", "cett"):
+        values = json.loads((home / name / "threshold.json").read_text())
+        assert np.mean(values["sparsity"]) >= 0.8 and len(values["points"]) == 2
+
+
+def test_compare_proves_a_conversion(home, capsys):
+    shared = ["--data", "text.txt", "--seq-len", "32", "--max-tokens", "65"]
+    assert run(["compare", "model", "model", *shared, "--json", "same.json", "--max-kl", "0"]) == 0
+    assert json.loads((home / "same.json").read_text())["max_abs_difference"] == 0
+    other = tiny_config(vocab_size=258, activation=Relu(), eos_token_id=256, bos_token_id=None)
+    hf.save(home / "other", other, model.init(jax.random.key(1), other), tokenizer=home / "tokenizer")
+    code, error = answer(capsys, "compare", "model", "other", *shared, "--max-kl", "1e-9")
+    assert code == 1 and "mean_kl: expected at most" in error
+
+
+def test_every_recipe_parses_and_round_trips():
+    for path in (Path(__file__).parent.parent / "configs").glob("*.yaml"):
+        recipe = config.load(path)
+        assert config.from_dict(config.TrainConfig, config.to_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_field(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert command in shown
+    if command == "train":
+        assert "optimizer.weight_decay (float) = 0.1" in shown and "# global norm" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["evl"], 2, "evl"),
+        (["eval", "model"], 2, "--data"),
+        (["eval", "nothing", "--data", "text.txt"], 2, "nothing"),
+        (["eval", "model", "--data", "nothing.txt"], 2, "nothing.txt"),
+        (["eval", "model", "--data", "text.txt", "--seq-len", "65"], 2, "seq_len"),
+        (["train", "recipe.yaml", "optimizer.lrr=1"], 2, "did you mean 'lr'"),
+        (["train", "recipe.yaml", "run=other", "data.seq_len=100"], 2, "seq_len"),
+        (["train", "nothing.yaml"], 2, "no such recipe"),
+        (["generate", "model", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
+        (["threshold", "model", "new", "--data", "text.txt"], 2, "--target-sparsity"),
+        (["threshold", "model", "model", "--data", "text.txt", "--target-sparsity", "0.9"], 2, "new folder"),
+        (["compare", "model", "--data", "text.txt"], 2, "--torch"),
+        (["export", "nothing", "out"], 2, "nothing"),
+        (["import", "text.txt", "out"], 1, "text.txt"),
+        (["report", "nothing", "--out", "page2"], 2, "nothing"),
+        (["bench", "train", "--shape", "llama9"], 2, "smollm2-135m"),
+        (["eval", "model", "--data", "text.txt", "--mesh", "3", "1", "1"], 2, "mesh"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, told, capsys):
+    got, error = answer(capsys, *arguments)
+    assert (got, error.count("\n")) == (code, 1) and told in error, error
