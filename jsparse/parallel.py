@@ -35,8 +35,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def initialize() -> None:
     """Joins the processes of a multi-host job; call before any other use of jax.
 
-    Cloud TPU, GKE, SLURM and Open MPI are recognised by jax itself. Elsewhere set JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single process does nothing.
+    SLURM, Open MPI and TPU pods are recognised by their variables; JSPARSE_DISTRIBUTED=1 leaves it to jax to find out.
+    Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single process does nothing.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(
@@ -47,7 +47,7 @@ def initialize() -> None:
         return
     hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
     tasks = [int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    if max(hosts, *tasks) > 1:
+    if max(hosts, *tasks) > 1 or os.environ.get("JSPARSE_DISTRIBUTED") == "1":
         jax.distributed.initialize()
 
 

@@ -196,13 +196,12 @@ def test_forward_and_gradient_equal_the_single_device(sizes, single_device):
     assert_trees_close(gradients, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=["1x8x1", "2x2x2"])
-def test_init_makes_the_same_values_in_place(sizes):
-    made = mesh(*sizes)
+def test_init_makes_the_same_values_in_place():
+    made = mesh(2, 2, 2)
     params = model.init(jax.random.key(0), CONFIG, made)
     placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), params, model.shardings(CONFIG, made))
     assert all(jax.tree.leaves(placed))
-    assert params["layers"]["ffn"]["up"].addressable_shards[0].data.shape == (2, 32 // sizes[1], 48 // sizes[2])
+    assert params["layers"]["ffn"]["up"].addressable_shards[0].data.shape == (2, 16, 24)
     jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0), CONFIG))
 
 

@@ -125,6 +125,7 @@ def live(patch: Patch, folder: Path, run: str) -> int:
 
 
 def main() -> None:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all but the first life compile nothing
     folder = Path(sys.argv[1])
     alone = live(LIVES[-1][1], folder, "alone")
     ends = []

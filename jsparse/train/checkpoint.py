@@ -27,14 +27,13 @@ from jsparse.config import CheckpointConfig, ConfigError, LlamaConfig
 from jsparse.model import Params
 from jsparse.train.state import TrainState
 
+_NAMES = ocp.path.step.standard_name_format()
+_REST = [f.name for f in dataclasses.fields(TrainState) if f.name != "params"]
+
 
 def _folder(run: epath.PathLike) -> epath.Path:
     """Of a run's checkpoints; Orbax takes absolute paths only."""
     return epath.Path(run).expanduser().resolve() / "checkpoints"
-
-
-_NAMES = ocp.path.step.standard_name_format()
-_REST = [f.name for f in dataclasses.fields(TrainState) if f.name != "params"]
 
 
 def steps(run: epath.PathLike) -> list[int]:
