@@ -35,11 +35,16 @@ class Train:
     overrides: Positional[tuple[str, ...]] = ()  # field.sub=value, over the recipe's own
 
     def run(self) -> None:
+        import jax
+
         from jsparse import config, parallel
         from jsparse.train.loop import train
 
+        recipe = config.load(self.recipe, self.overrides)
         parallel.initialize()
-        train(config.load(self.recipe, self.overrides))
+        if jax.process_index() == 0:
+            print(config.dump(recipe))
+        train(recipe)
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,98 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class Prune:
+    """Set weights to zero in one shot, by a pattern such as 2:4, and write the model.
+
+    Statistics come from calibration text, block by block; nothing is trained. prune.json, in the new folder, tells what
+    was pruned.
+    """
+
+    model: Positional[str]  # model folder
+    out: Positional[str]  # model folder to write
+    method: Literal["dass", "wanda", "sparsegpt", "magnitude", "ria"]
+    pattern: str  # N:M, N kept of each M consecutive weights, or the share to prune, such as 0.5
+    calibration: str = ""  # text, JSONL, Parquet, token store or `datasets` name; magnitude needs none
+    scope: Literal["mlp", "all"] = "mlp"  # all: attention's matrices too
+    # with --scope all, the method for attention: by default --method itself, and Wanda where that is DaSS
+    attention: Literal["wanda", "sparsegpt", "magnitude", "ria"] | None = None
+    axis: Literal["input", "output"] | None = None  # along which groups of gate and up run; the method's own by default
+    alpha: float | None = None  # DaSS: exponent of the activation's norm for gate and up; 0.5 by default
+    damp: float | None = None  # SparseGPT: share of the mean added to the Hessian's diagonal; 0.01 by default
+    samples: int = 128  # windows of calibration text, drawn without repetition; all where the text has fewer
+    seq_len: int = 2048  # tokens of a window
+    seed: int = 0  # of the draw
+    batch_size: int = 8
+    split: str = "train"  # of a `datasets` name
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse import hf
+        from jsparse.hf.folder import check_target
+        from jsparse.methods.patterns import parse_pattern
+        from jsparse.methods.pruning import prune
+
+        pattern = parse_pattern(self.pattern)
+        mlp, attention = self._methods()
+        check_target(Path(self.out), self.overwrite)
+        needs = {self.method, attention.type if attention else self.method} - {"magnitude"}
+        check(bool(self.calibration) or not needs, "--calibration", f"a text for {' and '.join(sorted(needs))}", "none")
+
+        with _model(self.model, self.compute) as (config, params):
+            windows = self._windows(config) if needs else None
+            if windows is not None:
+                print(f"calibration on {len(windows)} windows of {self.seq_len} tokens")
+            params, _, found = prune(params, config, windows, pattern=pattern, mlp=mlp, attention=attention,
+                                     batch_size=self.batch_size, donate=True, progress=_progress("blocks"))  # fmt: skip
+            hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite)
+        dead = [f"{row.dead} of {row.name}" for row in found.matrices if row.dead]
+        if dead:
+            more = f" and {len(dead) - 1} more matrices" if dead[1:] else ""
+            print(f"channels that no calibration token reached: {dead[0]}{more}, see prune.json", file=sys.stderr)
+        print(f"{self.out}: {self.method} {pattern}, {found.mlp_sparsity:.2%} of the MLP's weights are zero, "
+              f"{found.model_sparsity:.2%} of the model's")  # fmt: skip
+        settings = dataclasses.asdict(self)
+        _write_json(
+            Path(self.out) / "prune.json", {"command": "prune", "settings": settings, **dataclasses.asdict(found)}
+        )
+
+    def _methods(self) -> tuple[Any, Any]:
+        """The methods for the MLP and for attention. Refuses options that neither of them has."""
+        from jsparse.methods.pruning import METHODS
+
+        check(self.attention is None or self.scope == "all", "--attention", "--scope all beside it", self.scope)
+        attention = self.attention or ("wanda" if self.method == "dass" else self.method)
+        chosen = (self.method, attention) if self.scope == "all" else (self.method,)
+        check(self.alpha is None or self.method == "dass", "--alpha", "--method dass beside it", self.method)
+        check(self.damp is None or "sparsegpt" in chosen, "--damp", "sparsegpt beside it", " and ".join(chosen))
+        along = f"'input', along which {self.method} compares"
+        check(self.axis != "output" or self.method == "dass", "--axis", along, self.axis)
+        options: dict[str, dict[str, Any]] = {"dass": {"alpha": self.alpha, "axis": self.axis},
+                                              "sparsegpt": {"damp": self.damp}}  # fmt: skip
+
+        def build(name: str) -> Any:
+            return METHODS[name](**{key: value for key, value in options.get(name, {}).items() if value is not None})
+
+        return build(self.method), build(attention) if self.scope == "all" else None
+
+    def _windows(self, config: Any) -> Any:
+        """Calibration sequences, int [windows, T], drawn from the text's own windows."""
+        import numpy as np
+
+        from jsparse.inference.windows import positions
+
+        limit = positions(config)
+        check(0 < self.seq_len <= limit, "--seq-len", f"1 to the model's {limit} positions", self.seq_len)
+        check(self.samples > 0, "--samples", "a positive number", self.samples)
+        tokens = _tokens(self.calibration, self.split, self.model, config.vocab_size, None)
+        count = len(tokens) // self.seq_len
+        check(count > 0, "--calibration", f"at least one window of {self.seq_len} tokens", len(tokens))
+        drawn = np.random.default_rng(self.seed).permutation(count)[: self.samples]
+        return np.stack([tokens[i * self.seq_len : (i + 1) * self.seq_len] for i in drawn])
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw runs and results: pictures and one HTML page."""
 
@@ -330,6 +427,7 @@ COMMANDS = {
     "eval": Eval,
     "generate": Generate,
     "threshold": Threshold,
+    "prune": Prune,
     "compare": Compare,
     "report": Report,
     "bench": Bench,
@@ -345,6 +443,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns its exit code."""
     try:
         command = _parse(arguments)
+        print(f"settings: {_settings(command)}", file=sys.stderr)
         command.run()
     except ConfigError as error:
         return _fail(2, error)
@@ -355,6 +454,12 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     return 0
+
+
+def _settings(command: Any) -> str:
+    """Every setting of a command on one line, defaults included."""
+    values = ((f.name, getattr(command, f.name)) for f in dataclasses.fields(command))
+    return ", ".join(_settings(v) if dataclasses.is_dataclass(v) else f"{name}={v!r}" for name, v in values)
 
 
 def _fail(code: int, error: object) -> int:

@@ -346,7 +346,7 @@ class Target:
     """Holds a sparsity instead of a weight: a controller multiplies the weight until the target is met.
 
     The target itself rises along a half-cosine from the sparsity found at `start` to `sparsity` at `reach`; leave the
-    controller as many steps again after `reach` to settle. The controller is proportional and integral, on
+    controller a few times `settle` steps after `reach`. The controller is proportional and integral, on
     log(active share / wanted active share) in and log(weight) out, so that it knows no scale of the penalty.
     """
 
@@ -354,7 +354,7 @@ class Target:
     sparsity: float  # share of zeros in x1, 0 to 1
     start: int = 0
     reach: int = 1000
-    initial: float = 1e-3  # the weight at `start`; rather too small than too large
+    initial: float = 5e-3  # the weight at `start`; rather too small than too large
     gain: float = 20.0  # relative change of the weight for a relative change of the active share
     settle: float = 100.0  # steps in which the integral part does as much as the proportional part
     rate: float = 0.1  # largest change of log(weight) in a step

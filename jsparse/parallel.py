@@ -107,6 +107,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def batch_shards() -> int:
+    """Devices that split the batch under the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Pins an activation to its logical sharding under the mesh in context (`jax.set_mesh`); no mesh, no effect."""
     mesh = jax.sharding.get_abstract_mesh()

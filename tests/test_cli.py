@@ -45,10 +45,11 @@ def in_folder(home, monkeypatch):
 
 
 def answer(capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and the error line of a command."""
+    """Exit code of a command and what it said beside its settings."""
     capsys.readouterr()
     code = run(arguments)
-    return code, capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    return code, "".join(line for line in lines if not line.startswith("settings: "))
 
 
 def test_train_export_eval_report(home, capsys):
@@ -98,6 +99,49 @@ def test_compare_proves_a_conversion(home, capsys):
     hf.save(home / "other", other, model.init(jax.random.key(1), other), tokenizer=home / "tokenizer")
     code, error = answer(capsys, "compare", "model", "other", *shared, "--max-kl", "1e-9")
     assert code == 1 and "mean_kl: expected at most" in error
+
+
+def test_prune(home, capsys):
+    shared = ["--pattern", "2:4", "--calibration", "text.txt", "--seq-len", "32", "--samples", "6", "--batch-size", "2"]
+    assert run(["prune", "model", "dass", "--method", "dass", *shared, "--scope", "all"]) == 0
+    assert "50.00% of the MLP's weights are zero" in capsys.readouterr().out
+    _, params = hf.load(home / "dass")
+    values = json.loads((home / "dass" / "prune.json").read_text())
+    gate = np.asarray(params["layers"]["ffn"]["gate"])  # groups of 4 outputs
+    assert ((gate.reshape(*gate.shape[:2], -1, 4) != 0).sum(-1) == 2).all()
+    query = np.asarray(params["layers"]["attention"]["query"])  # groups of 4 inputs
+    assert ((query.reshape(2, -1, 4, *query.shape[2:]) != 0).sum(2) == 2).all()
+    assert values["sequences"] == 6 and values["mlp_sparsity"] == 0.5 and len(values["matrices"]) == 14
+    assert {row["method"] for row in values["matrices"]} == {"dass", "wanda"}
+    assert run(["prune", "model", "small", "--method", "magnitude", "--pattern", "0.6"]) == 0
+    _, params = hf.load(home / "small")
+    assert (np.asarray(params["layers"]["ffn"]["up"]) == 0).mean() == pytest.approx(0.6, abs=1e-3)
+    assert run(["eval", "dass", "--data", "text.txt", "--seq-len", "32", "--max-tokens", "65"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["dass", "2:4"], "--calibration: expected a text for dass"),
+        (["dass", "2:5", "--calibration", "text.txt", "--seq-len", "32"], "layers.0.ffn.gate: pattern 2:5"),
+        (["dass", "4:2", "--calibration", "text.txt"], "N:M with N kept of M"),
+        (["dass", "half", "--calibration", "text.txt"], "such as 2:4"),
+        (["dass", "2:4", "--calibration", "text.txt", "--axis", "input"], "DaSS would be Wanda"),
+        (["dass", "2:4", "--calibration", "text.txt"], "--seq-len: expected 1 to the model's 64 positions, got 2048"),
+        (["dass", "2:4", "--calibration", "short.txt", "--seq-len", "32"], "at least one window of 32 tokens, got 6"),
+        (["dass", "2:4", "--calibration", "missing.txt", "--seq-len", "32"], "missing.txt"),
+        (["wanda", "2:4", "--alpha", "1"], "--alpha: expected --method dass beside it"),
+        (["wanda", "2:4", "--axis", "output"], "--axis: expected 'input'"),
+        (["wanda", "2:4", "--attention", "ria"], "--attention: expected --scope all"),
+        (["magnitude", "2:4", "--scope", "all", "--attention", "wanda"], "--calibration: expected a text for wanda"),
+    ],
+)
+def test_prune_refuses_in_one_line_and_leaves_nothing(home, arguments, told, capsys):
+    (home / "short.txt").write_text("short")
+    method, pattern, *rest = arguments
+    code, error = answer(capsys, "prune", "model", "left", "--method", method, "--pattern", pattern, *rest)
+    assert (code, error.count("\n")) == (2, 1) and told in error, error
+    assert not [path for path in home.iterdir() if "left" in path.name]
 
 
 def test_every_recipe_parses_and_round_trips():

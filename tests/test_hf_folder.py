@@ -60,7 +60,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pytorch_to_ours_and_back(variant: str, tmp_path: Path) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
     import transformers
 
     config = tiny_config(**VARIANTS[variant])
@@ -84,7 +84,7 @@ def test_pytorch_to_ours_and_back(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_kept_to_the_bit(dtype: str, tmp_path: Path) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
     import transformers
 
     reference = torch_model(tiny_config()).to(getattr(torch, dtype))

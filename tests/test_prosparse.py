@@ -233,13 +233,36 @@ def simulate(weight, steps, lag, scale, key):
 @pytest.mark.parametrize("steps", [1000, 2000, 5000])
 def test_controller_holds_its_target(target, steps):
     """Plants that answer within 20 to 500 steps, penalties a hundred times weaker and ten times stronger."""
-    weight = Target(target, start=steps // 20, reach=6 * steps // 10)
+    weight = Target(target, start=steps // 20, reach=6 * steps // 10, initial=1e-3)
     lags = [lag for lag in (20.0, 50.0, 100.0, 250.0, 500.0) if 4 * lag <= steps]
     grid = jnp.array([(lag, scale) for lag in lags for scale in (0.01, 0.1, 1.0, 10.0)])
     keys = jax.random.split(jax.random.key(0), len(grid))
     s = np.asarray(jax.vmap(lambda p, key: simulate(weight, steps, p[0], p[1], key))(grid, keys))
     assert np.abs(s[:, -20:].mean(1) - target).max() < 0.01
     assert s[grid[:, 1] <= 1].max() < target + 0.02
+
+
+@pytest.mark.parametrize("target", [0.75, 0.8, 0.85, 0.9])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_controller_on_a_measured_plant(target, scale):
+    """SmolLM2-135M's answer to constant weights of 0.1, 0.3 and 1 (73, 77 and 84.5 % from 67.5 %), a fast and a slow
+    part, both slower as the learning rate falls along its cosine to a tenth."""
+    steps = 800
+    weight = Target(target, start=100, reach=500)
+
+    def body(carry, inputs):
+        parts, control = carry
+        step, noise = inputs
+        lam = scale * prosparse.penalty_weight(weight, step, control)
+        lr = 0.1 + 0.9 * 0.5 * (1 + jnp.cos(jnp.pi / steps * step.astype(jnp.float32)))
+        parts = parts + (0.74 * lam**0.6 - parts) * lr / jnp.array([12.0, 60.0])
+        s = 1 - 0.325 * jnp.exp(-jnp.sum(parts * jnp.array([0.55, 0.45])))
+        return (parts, prosparse.update_control(weight, step, control, s + 0.002 * noise)), s
+
+    noise = jax.random.normal(jax.random.key(0), (steps,))
+    _, s = jax.lax.scan(body, (jnp.zeros(2), prosparse.init_control(weight)), (jnp.arange(1, steps + 1), noise))
+    assert abs(float(s[-1]) - target) < 0.005
+    assert float(s.max()) < target + 0.01
 
 
 def test_controller_follows_a_half_cosine():
@@ -264,7 +287,7 @@ def test_controller_does_not_wind_up():
 
     start = (fitted_sparsity(0.0), prosparse.init_control(weight))
     _, (s, lam) = jax.lax.scan(body, start, jnp.arange(1, 1501))
-    assert lam[599] <= 1e3 + 1
+    assert lam[599] <= 1.001e6 * weight.initial
     assert abs(float(s[-1]) - 0.9) < 0.01
 
 
@@ -292,7 +315,7 @@ def test_target_refuses(field):
 
 
 @functools.cache
-def trained(weight, steps=700):
+def trained(weight, steps=1800):
     """A tiny ReLU model trained to continue a Markov chain; -> params, sparsity by step."""
     config = tiny_config(vocab_size=12, hidden_size=16, intermediate_size=64, num_attention_heads=2, head_dim=8,
                          num_key_value_heads=1, activation=Relu())  # fmt: skip
@@ -332,14 +355,14 @@ def markov(rows, length, vocab, seed=0):
     return x
 
 
-TO_75, TO_90 = (Target(target, start=50, reach=420) for target in (0.75, 0.9))
+TO_85 = Target(0.85, start=500, reach=1200)
 
 
-@pytest.mark.parametrize(("weight", "target"), [(TO_75, 0.75), (TO_90, 0.9)])
-def test_controller_on_a_real_model(weight, target):
-    _, _, s = trained(weight)
-    assert s[:50].mean() < 0.65
-    assert abs(s[-50:].mean() - target) < 0.01
+def test_controller_on_a_real_model():
+    """500 steps of plain training, 700 along the half-cosine, 600 to settle."""
+    _, _, s = trained(TO_85)
+    assert s[450:500].mean() < 0.8
+    assert abs(s[-50:].mean() - 0.85) < 0.01
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -359,7 +382,7 @@ def measure(params, x, config, threshold=None):
 @pytest.fixture(scope="module")
 def learned():
     """A trained model and `evaluate` of its FATReLU threshold, compiled once."""
-    params, config, _ = trained(TO_75)
+    params, config, _ = trained(TO_85)
     x = jnp.asarray(markov(64, 17, config.vocab_size, seed=1))
     return params, config, x, lambda t: measure(params, x, config, jnp.float32(t))
 
@@ -384,7 +407,7 @@ def test_shift_keeps_values_and_only_adds_zeros(a, b):
 
     gate, h = first(low)
     _, higher = first(high)
-    np.testing.assert_array_equal(h != 0, gate >= np.float32(low)) if low > 0 else None
+    np.testing.assert_array_equal(h != 0, (gate >= np.float32(low)) & (gate != 0))
     np.testing.assert_array_equal(higher, np.where(gate >= np.float32(high), h, 0))
 
 
@@ -406,8 +429,8 @@ def test_only_relu_models_take_thresholds(activation):
 
 def test_sweep(learned):
     _, _, _, evaluate = learned
-    points = prosparse.sweep(evaluate, [0.0, 0.1, 0.3])
-    assert [p.setting for p in points] == [0.0, 0.1, 0.3]
+    points = prosparse.sweep(evaluate, [0.0, 0.1, 0.5])
+    assert [p.setting for p in points] == [0.0, 0.1, 0.5]
     assert points[0].mean_sparsity < points[1].mean_sparsity < points[2].mean_sparsity
     assert points[0].perplexity < points[2].perplexity
     assert points[1].sparsity == pytest.approx(tuple(evaluate(0.1)[1].tolist()))
@@ -415,7 +438,7 @@ def test_sweep(learned):
         prosparse.sweep(evaluate, [0.0, -1.0])
 
 
-@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+@pytest.mark.parametrize("sparsity", [0.88, 0.92, 0.96])
 def test_solve_for_sparsity(learned, sparsity):
     _, _, _, evaluate = learned
     point = prosparse.solve(evaluate, sparsity=sparsity, tolerance=5e-4)
@@ -484,7 +507,17 @@ def test_cett_meets_its_error(error):
     np.testing.assert_allclose(tau, np.broadcast_to(tau[:, :1], tau.shape), rtol=1e-5)  # one tau a layer
     for layer in range(L):
         assert mean_cett(x1[layer], down[layer], tau[layer, 0]) == pytest.approx(error, rel=0.02)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, model.unstack(params), model.unstack(params)))
+
+
+def test_cett_in_bfloat16():
+    params = model.cast(random_params(RELU), RELU, jnp.bfloat16)
+    batches = [tokens(RELU, 8, 32)]
+    x1, down = dense_ffns(model.cast(params, RELU, jnp.float32), RELU, batches)
+    got, _ = prosparse.cett_thresholds(params, RELU, batches, error=0.2)
+    assert got["layers"]["ffn"]["threshold"].dtype == jnp.float32
+    for layer in range(L):
+        tau = float(got["layers"]["ffn"]["threshold"][layer, 0]) * np.linalg.norm(down[layer, 0])
+        assert mean_cett(x1[layer], down[layer], tau) == pytest.approx(0.2, rel=0.05)
 
 
 def test_cett_model_drops_small_contributions():
@@ -534,6 +567,14 @@ def test_zero_tau_is_relu():
     assert not np.any(hidden_of(got, config, x)[..., 3])
 
 
+def test_curve_starts_at_zero():
+    curve = prosparse.CettCurve(np.array([[1.0, 2.0], [4.0, 8.0]]), np.array([[0.1, 0.3], [0.2, 0.2]]))
+    np.testing.assert_allclose(curve.tau_at(0.0), [0, 0])
+    np.testing.assert_allclose(curve.tau_at(0.05), [0.5, 1])
+    np.testing.assert_allclose(curve.tau_at(0.2)[0], 1.5)
+    np.testing.assert_allclose(curve.tau_at(0.9), [2, 8])
+
+
 def test_solve_cett(learned):
     params, config, x, evaluate = learned
     calls = []
@@ -549,11 +590,9 @@ def test_solve_cett(learned):
     assert float(again) == point.perplexity
     assert 1.009 * dense <= again <= 1.01 * dense
     assert float(jnp.mean(sparsity)) == pytest.approx(point.mean_sparsity)
-    fat = prosparse.solve(evaluate, rise=0.01)
-    assert point.mean_sparsity > fat.mean_sparsity  # Sparsing Law: CETT is the better criterion
 
-    *_, point = prosparse.solve_cett(evaluate_model, params, config, [x[:, :-1]], sparsity=0.93)
-    assert 0.93 <= point.mean_sparsity <= 0.931
+    *_, point = prosparse.solve_cett(evaluate_model, params, config, [x[:, :-1]], sparsity=0.95)
+    assert 0.95 <= point.mean_sparsity <= 0.951
 
 
 @pytest.mark.parametrize("error", [0.0, 1.0])

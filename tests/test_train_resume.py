@@ -38,12 +38,17 @@ def test_many_lives_end_as_one(tmp_path):
         ["in the middle of a line of metrics", KILLED, 4],
         ["in an evaluation", KILLED, 4],
         ["asked to stop", 143, 10],
+        ["on a full disk", 1, 10],
         ["while an older checkpoint is deleted", KILLED, 12],
         ["while the last checkpoint is written", KILLED, 12],
         ["before the summary", KILLED, 16],
         ["never", 0, 16],
     ], child.stderr
     assert "stopped after step 10 and saved; the same command goes on from there" in child.stderr
+
+    [told] = [line for line in child.stderr.splitlines() if line.startswith("OSError")]
+    assert "checkpoint could not be written: " in told or "one before could not be written: " in told
+    assert "Traceback" not in child.stderr
 
     found = []
     for run in ("alone", "many"):

@@ -8,6 +8,7 @@ nothing, which saves their imports.
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from orbax.checkpoint._src.path import atomicity, deleter
 
 from jsparse.config import CheckpointConfig, DataConfig, LogConfig, MeshConfig, ProSparse, Target, TrainConfig
 from jsparse.train import loop, metrics
+from jsparse.train.checkpoint import Checkpoints
 from jsparse.train.host import StopSignal
 from tests.train_helpers import recipe
 
@@ -95,6 +97,16 @@ def in_a_deletion() -> Patch:
     return lambda: mock.patch.object(deleter.PathDeleter, "delete", delete)
 
 
+def on_a_full_disk() -> Patch:
+    original = Checkpoints.save
+
+    def save(self: Checkpoints, *arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes a file: the moments need more
+        original(self, *arguments)
+
+    return lambda: mock.patch.object(Checkpoints, "save", save)
+
+
 LIVES: list[tuple[str, Patch]] = [
     ("before the first checkpoint", after_step(3, kill)),
     ("while the first checkpoint is written", around_rename("4", before=True)),
@@ -102,6 +114,7 @@ LIVES: list[tuple[str, Patch]] = [
     ("in the middle of a line of metrics", in_a_line(6)),
     ("in an evaluation", lambda: mock.patch.object(loop, "evaluate", kill)),
     ("asked to stop", after_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM))),
+    ("on a full disk", on_a_full_disk()),
     ("while an older checkpoint is deleted", in_a_deletion()),
     ("while the last checkpoint is written", around_rename("16", before=True)),
     ("before the summary", lambda: mock.patch.object(loop, "Summary", kill)),

@@ -31,7 +31,7 @@ from jsparse.train.loop import train
 HOME = Path(".demo")
 TOKENS = 4097  # of the held-out text
 PROMPT = "The capital of France is"
-BUDGET = 1.02  # perplexity that threshold shifting may cost, as a factor
+RISE = 0.02  # of the perplexity, that threshold shifting may cost
 
 RECIPE = {
     "run": str(HOME / "run"),
@@ -42,8 +42,8 @@ RECIPE = {
         "batch_size": 2,
         "cache": str(HOME / "cache"),
     },
-    "steps": 60,
-    "method": {"type": "prosparse", "weight": {"type": "stages", "peaks": [0.02, 0.2, 0.2], "steps": [20, 25, 45, 60]}},
+    "steps": 48,
+    "method": {"type": "prosparse", "weight": {"type": "stages", "peaks": [0.02, 0.2, 0.2], "steps": [16, 20, 36, 48]}},
     "optimizer": {"lr": 5e-4, "schedule": {"type": "cosine", "warmup_steps": 5}},
     "checkpoint": {"every": 1000, "keep": 1},
     "log": {"every": 1, "tensorboard": False},
@@ -85,15 +85,15 @@ def main() -> None:
     say(f"training {recipe.steps} steps of ProSparse, {tokens:,} tokens")
     train(recipe)
     config, params, _ = load_run(HOME / "run")
-    trained = measure("ProSparse, trained", params, config)
+    measure("ProSparse, trained", params, config)
 
     def at(threshold: float) -> tuple[float, Any]:
-        found = evaluate(params, config, text, seq_len=512, batch_size=2, threshold=threshold)
+        found = evaluate(params, config, text[: TOKENS // 2], seq_len=512, batch_size=2, threshold=threshold)
         say(f"threshold {threshold:.4f}: perplexity {found.perplexity:.2f}, sparsity {np.mean(found.sparsity):.1%}")
         return found.perplexity, found.sparsity
 
-    say(f"solving for the threshold that costs a factor of {BUDGET} in perplexity")
-    point = prosparse.solve(at, perplexity=BUDGET * trained.perplexity, tolerance=5e-3)
+    say(f"solving for the threshold that costs {RISE:.0%} of perplexity, on half of that text")
+    point = prosparse.solve(at, rise=RISE, tolerance=5e-3)
     shifted = prosparse.shift(config, point.setting)
     measure(f"and threshold {point.setting:.3f}", params, shifted)
     say(f"generated: {continue_text(params, shifted)}")
@@ -105,7 +105,8 @@ def main() -> None:
     say(f"exported to {out} and reloaded: logits differ by {again.max_abs_difference:.1e}")
     if importlib.util.find_spec("torch"):
         theirs = compare_torch(out, reloaded, reloaded_config, text[:257], seq_len=256, trust_remote_code=True)
-        say(f"PyTorch runs it: logits differ by {theirs.max_abs_difference:.1e}")
+        # A threshold cuts values off: where a gate lies within rounding of it, two programs may decide differently.
+        say(f"PyTorch runs it: KL {theirs.mean_kl:.1e} nats a token, same top token at {theirs.top1_agreement:.1%}")
 
     page = report.report([HOME / "run"], HOME / "report", overwrite=True)
     console.print(report.summary_table(rows))

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.config import LlamaConfig, check
-from jsparse.inference.windows import batch_shards, check_ids, positions, replicated, round_up
+from jsparse.inference.windows import check_ids, positions, replicated, round_up
 from jsparse.model import Params, forward, init_cache, logits, trunk, unstack
+from jsparse.parallel import batch_shards
 
 STREAM = 8  # tokens between two calls back to the host when streaming
 

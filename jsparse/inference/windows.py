@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jsparse.config import DynamicRope, LlamaConfig, check
-from jsparse.parallel import constrain
+from jsparse.parallel import batch_shards, constrain
 
 CHUNK = 4096  # tokens whose logits exist at once on a device
 
@@ -128,12 +128,6 @@ def exp(loss: float) -> float:
     """Perplexity of a loss: infinite rather than an overflow, nan of nan."""
     with np.errstate(over="ignore"):
         return float(np.exp(loss))
-
-
-def batch_shards() -> int:
-    """Devices that split the batch under the mesh in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def round_up(n: int, multiple: int) -> int:

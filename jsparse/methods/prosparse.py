@@ -162,15 +162,19 @@ def _staged(stages: Stages, t: jax.Array) -> jax.Array:
     return low[stage] + eta * (high[stage] - low[stage])
 
 
+_RANGE = (1e-3, 1e6)  # of a controller's weight, over its initial weight
+
+
 def update_control(
     weight: Stages | Fixed | Target, step: jax.Array | int, control: Control, sparsity: jax.Array
 ) -> Control:
     """The state after optimizer step `step`, whose batch had this sparsity (a mean, or one a layer).
 
     Proportional and integral control in its velocity form, d log(weight) = gain (d error + error / settle), on the
-    logarithm of the active share: the paper's fit, log(active share) = const - 1.76 lambda^0.30 (appendix), makes that
-    nearly linear in log(weight), whatever the penalty's scale. The weight itself is all that the form remembers, so
-    that no integral winds up while the rate or the range limits it.
+    logarithm of the active share. In these units the paper's fit for 7B, log(active share) = const - 1.76 lambda^0.30,
+    answers a change of the weight with a gain of 0.1 to 0.4 over lambda = 0.01 to 0.5, and other scales of the penalty
+    only shift that range. The weight itself is all that the form remembers, so that no integral winds up while the
+    rate or the range limits it.
     """
     if not isinstance(weight, Target):
         return control
@@ -194,9 +198,6 @@ def update_control(
         base=base,
         error=jnp.where(started, error, 0.0),
     )
-
-
-_RANGE = (1e-3, 1e6)  # of a controller's weight, over its initial weight
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,6 +266,9 @@ def _measure(evaluate: Evaluate, setting: float) -> Point:
     return Point(float(setting), float(perplexity), tuple(float(s) for s in np.atleast_1d(layers)))
 
 
+_ROUNDS = 24  # beyond this, halves are smaller than float32 tells apart
+
+
 def _solve(
     measure: Callable[[float], Point],
     first: float,
@@ -312,9 +316,6 @@ def _solve(
     return high if name == "sparsity" else low
 
 
-_ROUNDS = 24  # beyond this, halves are smaller than float32 tells apart
-
-
 def _check_relu(config: LlamaConfig) -> None:
     check(isinstance(config.activation, Relu | FatRelu | Cett), "activation", "a ReLU model to set thresholds of",
           config.activation)  # fmt: skip
@@ -323,6 +324,9 @@ def _check_relu(config: LlamaConfig) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Thresholds neuron by neuron (CETT)
 # --------------------------------------------------------------------------------------------------------------------
+
+
+_RATIOS = 2.0 ** (np.arange(-45, 10) / 3)  # candidate taus, over a layer's typical ||FFN(x)||
 
 
 class CettCurve(NamedTuple):
@@ -357,10 +361,8 @@ def cett_curve(params: Params, config: LlamaConfig, batches: Iterable[jax.Array]
     dense, config = apply_cett(params, config, -scale)
     total = sum(np.asarray(_cett_sums(dense, tokens, config)) for tokens in batches)
     error = total / sum(tokens.size for tokens in batches)
-    return CettCurve(scale[:, None] * _RATIOS, np.maximum.accumulate(error, axis=1))
-
-
-_RATIOS = 2.0 ** (np.arange(-45, 10) / 3)  # tau over a layer's typical ||FFN(x)||
+    error = np.maximum.accumulate(error, axis=1)  # dropped neurons that cancel can lower it, and `tau_at` inverts it
+    return CettCurve(scale[:, None] * _RATIOS, error)
 
 
 def apply_cett(params: Params, config: LlamaConfig, tau: Any) -> tuple[Params, LlamaConfig]:

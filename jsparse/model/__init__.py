@@ -1,6 +1,7 @@
 """The LLaMA model: a declaration of its parameters and pure functions of them."""
 
 from jsparse.model.llama import (
+    BlockTrace,
     Cache,
     Output,
     Params,
@@ -14,6 +15,7 @@ from jsparse.model.llama import (
     islands,
     logical_axes,
     logits,
+    run_block,
     shardings,
     stack,
     trunk,
@@ -22,6 +24,7 @@ from jsparse.model.llama import (
 from jsparse.model.modules import FFNTrace, Probe, activate
 
 __all__ = [
+    "BlockTrace",
     "Cache",
     "FFNTrace",
     "Output",
@@ -38,6 +41,7 @@ __all__ = [
     "islands",
     "logical_axes",
     "logits",
+    "run_block",
     "shardings",
     "stack",
     "trunk",

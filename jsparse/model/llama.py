@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +237,35 @@ def trunk(
             cache = Cache(tuple(caches), cache.start, cache.length + tokens.shape[1], cache.slots)
     norm = nnx.merge(_split(RMSNorm, config)[0], params["norm"])
     return norm(x), aux, cache
+
+
+class BlockTrace(NamedTuple):
+    """What the matrices of one block read: the probe of a method that goes block by block."""
+
+    attention: jax.Array  # [B, T, D] of query, key and value
+    heads: jax.Array  # [B, T, N, H] of output
+    ffn: jax.Array  # [B, T, D] of gate and up
+    hidden: jax.Array  # [B, T, F] of down
+
+
+def run_block(
+    layer: Params, x: jax.Array, config: LlamaConfig, attend: Attend = "auto"
+) -> tuple[jax.Array, BlockTrace]:
+    """One block of the forward pass, for use under `jax.jit`: what is not used of the trace is not computed.
+
+    Args:
+        layer: one element of `unstack(params)["layers"]`.
+        x: [B, T, D], the residual stream: token embeddings, or what the block before returned.
+
+    Returns:
+        The residual stream [B, T, D] after the block, and what its matrices read.
+    """
+    block = nnx.merge(_split(Block, config)[0], layer)
+    place = _place(x[..., 0], None, None, config)
+    attention = block.attention_norm(x)
+    heads, _ = block.attention.heads(attention, place, None, attend)  # XLA finds it in the block's own pass again
+    y, _, ffn = block(x, config.activation, place, None, lambda trace: (trace.x, trace.hidden), attend)
+    return y, BlockTrace(attention, heads, *ffn)
 
 
 def head(params: Params) -> jax.Array:

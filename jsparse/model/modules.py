@@ -82,6 +82,16 @@ class Attention(nnx.Module):
         self, x: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with these tokens written to it."""
+        y, cache = self.heads(x, place, cache, attend)
+        y = jnp.einsum("BTNH,NHD->BTD", y, self.output[...])
+        if self.bias:
+            y = y + self.output_bias[None, None]
+        return y, cache
+
+    def heads(
+        self, x: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """What the output projection reads: x [B, T, D] -> [B, T, N, H], and the cache."""
         q = jnp.einsum("BTD,DNH->BTNH", x, self.query[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.key[...])
         v = jnp.einsum("BTD,DKH->BTKH", x, self.value[...])
@@ -105,11 +115,7 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=place.mask, is_causal=place.mask is None, implementation=_implementation(attend, q)
             )
-        y = checkpoint_name(y, "attention")
-        y = jnp.einsum("BTNH,NHD->BTD", y, self.output[...])
-        if self.bias:
-            y = y + self.output_bias[None, None]
-        return y, cache
+        return checkpoint_name(y, "attention"), cache
 
 
 def _implementation(attend: Attend, q: jax.Array) -> Literal["xla", "cudnn"]:

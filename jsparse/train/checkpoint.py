@@ -11,6 +11,7 @@ The data order is a function of the step, so nothing else is needed to go on to 
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,9 @@ from jsparse import model, parallel
 from jsparse.config import CheckpointConfig, ConfigError, LlamaConfig
 from jsparse.model import Params
 from jsparse.train.state import TrainState
+
+# Orbax logs hundreds of lines from its threads when a save fails, and then raises the error that we report.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 
 _NAMES = ocp.path.step.standard_name_format()
 _REST = [f.name for f in dataclasses.fields(TrainState) if f.name != "params"]
@@ -101,7 +105,8 @@ def _one_line(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        raise OSError(f"{what}: {text[:300]}") from error
+        text = text if len(text) < 500 else f"{text[:250]} ... {text[-250:]}"
+        raise OSError(f"{what}: {text}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------

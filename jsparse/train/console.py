@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -72,13 +72,19 @@ def _bytes(size: float) -> str:
 
 
 class Progress:
-    """A live line on a terminal, a line a report elsewhere; both with the time left."""
+    """A line a report, with the time left; on a terminal a live bar below them."""
 
     def __init__(self, console: Console, start: int, steps: int):
         self._console, self._steps, self._bar = console, steps, None
         if console.is_terminal:
-            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = RichProgress(*columns, console=console, transient=False)
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(None),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("", total=steps, completed=start)
 
     def __enter__(self) -> "Progress":
@@ -96,12 +102,8 @@ class Progress:
 
     def line(self, number: int, values: dict[str, Any]) -> None:
         """Shows the metrics of a step."""
-        text = describe(values)
-        if self._bar:
-            self._bar.update(self._task, description=text)
-        else:
-            left = timedelta(seconds=round((self._steps - number) * values["step_seconds"]))
-            self._console.print(f"step {number}/{self._steps}  {text}  left {left}")
+        left = timedelta(seconds=round((self._steps - number) * values["step_seconds"]))
+        self._console.print(f"step {number}/{self._steps}  {describe(values)}  left {left}")
 
     def evaluation(self, number: int, found: dict[str, dict[str, Any]]) -> None:
         """Shows an evaluation of the held-out sources."""

@@ -97,9 +97,7 @@ def train(config: TrainConfig) -> Summary:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(
-            jax.numpy_dtype_promotion("standard")
-        )  # jax's attention in bfloat16 cannot do with "strict"
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))  # jax's bfloat16 attention fails under "strict"
         checkpoints = stack.enter_context(Checkpoints(run, config.checkpoint))
 
         # ---- The state, from the newest checkpoint or from the model

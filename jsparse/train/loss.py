@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jsparse.parallel import constrain
+from jsparse.parallel import batch_shards, constrain
 
 
 class Teacher(NamedTuple):
@@ -57,9 +57,7 @@ def token_loss(
 
 def _chunk_steps(batch: int, length: int, chunk: int) -> int:
     """Positions of a chunk [B, steps]: the fewest equal chunks that keep to the limit on each device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    tokens = max(1, batch // shards) * length
+    tokens = max(1, batch // batch_shards()) * length
     return math.ceil(length / min(length, math.ceil(tokens / chunk)))
 
 
