@@ -26,10 +26,10 @@ clean:
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --editable .
 	touch $@
 
 $(VENV)/.test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test,torch,lint]'
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --editable '.[test,torch,lint]'
 	touch $@

@@ -303,7 +303,7 @@ def assert_refused(kind, message, source, folder, cache, vocab_size=VOCAB):
         ("bad.jsonl", b'{"text": "x"}\n{"text": ', ValueError, r"bad\.jsonl:2: cannot be read"),
         (
             "cut.jsonl.gz",
-            gzip.compress(b'{"text": "x"}\n' * 99)[:-20],
+            gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-20],
             ValueError,
             r"cut\.jsonl\.gz:\S+ cannot be read",
         ),

@@ -244,13 +244,12 @@ def test_every_group_keeps_its_largest(data):
             assert sorted(np.flatnonzero(~mask)) == sorted(order[:drop])
 
 
-def test_ties_under_jit_leave_whole_groups():
-    """Quantised weights tie often, and XLA may round a fused score in two ways: groups must come out whole."""
-    rng = np.random.default_rng(0)
-    weight = jnp.asarray(rng.integers(-7, 9, (256, 512)) * rng.uniform(0.01, 0.1, (1, 512)), jnp.float32)
-    stats = Stats(jnp.asarray(rng.uniform(1, 9, 256), jnp.float32), None, jnp.float32(1))
-    _, masks = prune_block({"ffn": {"gate": weight}}, {"ffn": stats}, (("ffn.gate", Ria()),), NofM(2, 4))
-    assert (np.asarray(masks["ffn.gate"]).reshape(64, 4, 512).sum(1) == 2).all()
+def test_groups_come_out_whole_whatever_the_scores():
+    """Ranks must be a permutation by construction: compiled comparisons of scores need not agree with each other, as
+    those with nan do not, and as scores that XLA rounds in two ways do not (quantised weights, with fused rounding)."""
+    scores = jnp.asarray([[np.nan, np.nan, np.nan, 1.0], [np.inf, np.inf, np.inf, -np.inf], [0.0, -0.0, np.nan, 0.0]])
+    assert (keep_largest(scores, NofM(2, 4), "output").sum(axis=1) == 2).all()
+    assert (keep_largest(scores, Ratio(0.5), "input").sum(axis=0) == 2).all()
 
 
 def test_of_equal_scores_the_lower_index_goes():
