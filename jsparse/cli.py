@@ -130,6 +130,8 @@ class Eval:
             found = _evaluator(self, config)(params, config)
         values = {"command": "eval", "model": self.model, "data": self.data} | dataclasses.asdict(found)
         _print_table(report.summary_table([values | {"name": Path(self.model).name}]))
+        if any(found.sparsity):
+            print("sparsity by layer, %: " + " ".join(f"{100 * s:.0f}" for s in found.sparsity))
         print(f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len}, stride {found.stride}, "
               f"{'no BOS' if found.bos is None else f'BOS {found.bos} before each'}")  # fmt: skip
         _write_json(out, values)
