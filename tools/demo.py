@@ -8,6 +8,7 @@ docs/results.md shows the same recipe with 52 million tokens on a GPU.
 import dataclasses
 import importlib.util
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ RECIPE = {
         "batch_size": 2,
         "cache": str(HOME / "cache"),
     },
-    "steps": 48,
-    "method": {"type": "prosparse", "weight": {"type": "stages", "peaks": [0.02, 0.2, 0.2], "steps": [16, 20, 36, 48]}},
+    "steps": 80,
+    "method": {"type": "prosparse", "weight": {"type": "stages", "peaks": [0.02, 0.2, 0.2], "steps": [24, 32, 60, 80]}},
     "optimizer": {"lr": 5e-4, "schedule": {"type": "cosine", "warmup_steps": 5}},
     "checkpoint": {"every": 1000, "keep": 1},
     "log": {"every": 1, "tensorboard": False},
@@ -83,6 +84,7 @@ def main() -> None:
     recipe = from_dict(Recipe, RECIPE)
     tokens = recipe.steps * recipe.data.batch_size * recipe.data.seq_len
     say(f"training {recipe.steps} steps of ProSparse, {tokens:,} tokens")
+    shutil.rmtree(recipe.run, ignore_errors=True)  # a second demo trains again
     train(recipe)
     config, params, _ = load_run(HOME / "run")
     measure("ProSparse, trained", params, config)
