@@ -271,7 +271,7 @@ class Threshold:
                     lambda e: measure(*prosparse.apply_cett(params, config, curve.tau_at(e))), self.sweep
                 )
                 print(f"solving for {given}")
-                params, config, point = prosparse.solve_cett(measure, params, config, batches, **given)
+                params, config, point = prosparse.solve_cett(measure, params, config, curve, **given)
             hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite)
         values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": self.criterion,
                   "goal": given, "setting": point.setting, "perplexity": point.perplexity,

@@ -584,14 +584,15 @@ def test_solve_cett(learned):
         return measure(params, x, config)
 
     dense, _ = evaluate(0.0)
-    got, thresholded, point = prosparse.solve_cett(evaluate_model, params, config, [x[:, :-1]], rise=0.01)
+    curve = prosparse.cett_curve(params, config, [x[:, :-1]])
+    got, thresholded, point = prosparse.solve_cett(evaluate_model, params, config, curve, rise=0.01)
     assert len(calls) < 20
     again, sparsity = measure(got, x, thresholded)
     assert float(again) == point.perplexity
     assert 1.009 * dense <= again <= 1.01 * dense
     assert float(jnp.mean(sparsity)) == pytest.approx(point.mean_sparsity)
 
-    *_, point = prosparse.solve_cett(evaluate_model, params, config, [x[:, :-1]], sparsity=0.95)
+    *_, point = prosparse.solve_cett(evaluate_model, params, config, curve, sparsity=0.95)
     assert 0.95 <= point.mean_sparsity <= 0.951
 
 

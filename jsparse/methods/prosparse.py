@@ -391,7 +391,7 @@ def solve_cett(
     evaluate: Callable[[Params, LlamaConfig], tuple[float, Any]],
     params: Params,
     config: LlamaConfig,
-    batches: Iterable[jax.Array],
+    curve: CettCurve,
     *,
     sparsity: float | None = None,
     perplexity: float | None = None,
@@ -400,11 +400,10 @@ def solve_cett(
 ) -> tuple[Params, LlamaConfig, Point]:
     """Finds the CETT error, one for all layers, that meets one goal: rise=0.01 is Sparsing Law's CETT-PPL-1%.
 
-    The calibration runs once; only `evaluate`, of a model's parameters and config to its perplexity and sparsity by
-    layer, runs at every step of the bisection. Goals and errors are those of `solve`, with the error in place of the
-    threshold.
+    The calibration is in the curve; only `evaluate`, of a model's parameters and config to its perplexity and sparsity
+    by layer, runs at every step of the bisection. Goals and errors are those of `solve`, with the error in place of
+    the threshold.
     """
-    curve = cett_curve(params, config, batches)
 
     def measure(error: float) -> Point:
         return _measure(lambda error: evaluate(*apply_cett(params, config, curve.tau_at(error))), error)
