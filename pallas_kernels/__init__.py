@@ -1,0 +1,11 @@
+"""Sparse operations for JAX: each computes only what a mask, a router or a zero activation leaves.
+
+Every operation has a folder: `api.py` the public function, `reference.py` what it computes in plain jax.numpy, and one
+file a backend. Nothing here knows of jsparse.
+"""
+
+from pallas_kernels.block_sparse_ffn import block_sparse_ffn
+from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
+from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
+
+__all__ = ["Activation", "PackedFFN", "Predictor", "block_sparse_ffn", "neuron_sparse_ffn", "pack_ffn"]

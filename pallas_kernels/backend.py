@@ -1,0 +1,67 @@
+"""Which implementation of an operation runs, and the two habits that all of them share.
+
+An operation's folder holds one module a backend, named like the backend. Each module has
+
+    unsupported(...) -> str | None      why it cannot take these shapes and dtypes; None where it can
+    <the operation>(...)                the backend's body
+
+and is imported when it is first chosen, so that a JAX without one of Pallas's backends still runs the others.
+"""
+
+import importlib
+from typing import Any, Literal
+
+import jax
+
+Implementation = Literal["reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"]
+
+_PREFERRED: dict[str, tuple[Implementation, ...]] = {"gpu": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
+
+
+def choose(package: str, implementation: Implementation | None, *call: Any) -> Any:
+    """The module of `package` that runs this call: the named one, or the best of the default backend's.
+
+    Args:
+        package: the operation's package, as in `pallas_kernels.block_sparse_ffn`.
+        implementation: a backend's name, or None: the first of the platform's that takes the call, else "xla".
+        call: what the backends' `unsupported` is asked about.
+    Raises:
+        ValueError: the named backend does not exist or cannot take this call.
+        ImportError: this JAX lacks the named backend.
+    """
+    if implementation is not None:
+        if implementation not in ("reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"):
+            raise ValueError(f"implementation: no backend is named {implementation!r}")
+        module = importlib.import_module(f"{package}.{implementation}")
+        reason = module.unsupported(*call)
+        if reason is not None:
+            raise ValueError(f"implementation {implementation!r}: {reason}")
+        return module
+    for name in _PREFERRED.get(jax.default_backend(), ()):
+        try:
+            module = importlib.import_module(f"{package}.{name}")
+        except ImportError:
+            continue
+        if module.unsupported(*call) is None:
+            return module
+    return importlib.import_module(f"{package}.xla")
+
+
+def vary_together(tree: Any) -> Any:
+    """Every array of the tree marked as varying over the mesh axes that any of them varies over.
+
+    Inside `jax.shard_map`, replicated tokens meet sharded weights. Said here once, the mark makes a kernel's operands
+    agree and gives the tokens' gradient its sum over the shards. Outside it does nothing.
+    """
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+    def mark(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
+def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's result, varying over the same mesh axes as its operand x."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

@@ -1,0 +1,110 @@
+"""The public function of the neuron-sparse FFN: checks, choice of backend, derivative."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backend
+from pallas_kernels.backend import Implementation
+from pallas_kernels.ffn import Activation, PackedFFN, check_ffn
+from pallas_kernels.neuron_sparse_ffn import xla
+from pallas_kernels.neuron_sparse_ffn.reference import Predictor
+
+
+def neuron_sparse_ffn(
+    x: jax.Array,
+    weights: PackedFFN,
+    predictor: Predictor | None = None,
+    *,
+    activation: Activation,
+    residual: jax.Array | None = None,
+    implementation: Implementation | None = None,
+    deterministic: bool = False,
+    interpret: Any = False,
+) -> jax.Array:
+    """A gated FFN that computes only the neurons that do something.
+
+        y = sum over the active neurons f of act(x . gate[f]) (x . up[f]) down[f]
+
+    Without a predictor the result is exact: the gate is computed whole, and rows of up and down are read where the
+    activation is not zero for some token. With one, the rows of all three matrices are read where it says so for some
+    token, and neurons that it misses count as zero. Sums are float32.
+
+    The derivative is with respect to x, the weights and the residual, through dense products; the predictor's choice
+    has none, so its arrays get zeros.
+
+    Args:
+        x: [B, D] float32, bfloat16 or float16, 1 <= B <= 16 where a Pallas backend is to run it.
+        weights: of x's dtype, [F, D] each.
+        predictor: see `Predictor`.
+        residual: float32 [B, D] to which the result is added.
+        implementation: a backend's name, which fails where it cannot run; None takes the best that can.
+        deterministic: the same bits at every run. Kernels that add with atomics store partial sums instead.
+        interpret: runs a Pallas backend on the CPU; True, or the backend's own interpreter parameters.
+    Returns:
+        [B, D]: float32 with a residual, otherwise of x's dtype.
+    Raises:
+        ValueError: arguments that do not fit each other, or that the named backend does not take.
+    """
+    check_ffn(x, weights, residual)
+    neurons, d = weights.gate.shape
+    if predictor is not None:
+        rank = predictor.down.shape[-1]
+        expected = {"down": (d, rank), "up": (neurons, rank), "threshold": (neurons,)}
+        for (name, shape), array in zip(expected.items(), predictor, strict=True):
+            if array.shape != shape:
+                raise ValueError(f"predictor.{name}: expected shape {shape}, got {array.shape}")
+        if predictor.up.dtype != predictor.down.dtype or predictor.threshold.dtype != jnp.float32:
+            raise ValueError(
+                "predictor: expected up of down's dtype and a float32 threshold, "
+                f"got {', '.join(str(a.dtype) for a in predictor)}"
+            )
+
+    operands = backend.vary_together((x, weights, predictor, residual))
+    module = backend.choose(__package__, implementation, x, weights, predictor)
+    y = _run(_Static(module.neuron_sparse_ffn, activation, deterministic, interpret), *operands)
+    return y if residual is not None else y.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Static:
+    run: Callable[..., jax.Array]
+    activation: Activation
+    deterministic: bool
+    interpret: Any
+
+
+def _call(
+    static: _Static, x: jax.Array, weights: PackedFFN, predictor: Predictor | None, residual: jax.Array | None
+) -> jax.Array:
+    return static.run(
+        x,
+        weights,
+        predictor,
+        residual=residual,
+        activation=static.activation,
+        deterministic=static.deterministic,
+        interpret=static.interpret,
+    )
+
+
+_run: Any = jax.custom_vjp(_call, nondiff_argnums=(0,))
+
+
+def _forward(static: _Static, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _run(static, *operands), operands
+
+
+def _backward(static: _Static, operands: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+    x, weights, predictor, residual = operands
+    dense = dataclasses.replace(static, run=xla.neuron_sparse_ffn)
+    _, vjp = jax.vjp(lambda x, weights, residual: _call(dense, x, weights, predictor, residual), x, weights, residual)
+    dx, dweights, dresidual = vjp(dy)
+    return dx, dweights, None, dresidual
+
+
+_run.defvjp(_forward, _backward)

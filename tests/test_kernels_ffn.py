@@ -1,0 +1,254 @@
+"""The sparse feed-forward operations: every backend against the float32 reference, forward and backward."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import Activation, PackedFFN, Predictor, block_sparse_ffn, neuron_sparse_ffn, pack_ffn
+from tests.kernels import BACKENDS, assert_close, random
+
+SILU, RELU = Activation("silu"), Activation("relu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and settings of one comparison."""
+
+    tokens: int = 1
+    width: int = 64
+    neurons: int = 96
+    block: int = 16
+    dtype: Any = jnp.float32
+    activation: Activation = SILU
+    active: float = 0.5  # share of a token's active blocks, or of its active neurons
+    residual: bool = True
+
+    def x(self, seed: int = 0) -> jax.Array:
+        return random(seed, self.tokens, self.width, dtype=self.dtype)
+
+    def weights(self, seed: int = 1) -> PackedFFN:
+        shape = self.width, self.neurons
+        scale = self.width**-0.5
+        return PackedFFN(*(random(seed + i, *shape[::-1], dtype=self.dtype, scale=scale) for i in range(3)))
+
+    def mask(self, seed: int = 4) -> jax.Array:
+        keep = np.random.default_rng(seed).random((self.tokens, self.neurons // self.block)) < self.active
+        return jnp.asarray(keep)
+
+    def predictor(self, rank: int = 8) -> Predictor:
+        down, up = random(5, self.width, rank, dtype=self.dtype), random(6, self.neurons, rank, dtype=self.dtype)
+        return Predictor(down, up, jnp.full(self.neurons, {0.0: jnp.inf, 1.0: -jnp.inf}.get(self.active, 3.0)))
+
+    def base(self) -> jax.Array | None:
+        return random(7, self.tokens, self.width) if self.residual else None
+
+
+CASES = {
+    "one token": Case(),
+    "bfloat16": Case(dtype=jnp.bfloat16),
+    "bfloat16, 16 tokens": Case(dtype=jnp.bfloat16, tokens=16, block=32),
+    "float16": Case(dtype=jnp.float16, tokens=2),
+    "five tokens": Case(tokens=5, active=0.2),
+    "nothing active": Case(tokens=2, active=0.0),
+    "all active": Case(tokens=3, active=1.0),
+    "no residual": Case(tokens=2, residual=False),
+    "odd sizes": Case(tokens=7, width=80, neurons=7 * 24, block=24),
+    "gelu": Case(activation=Activation("gelu")),
+    "gelu_tanh": Case(activation=Activation("gelu_tanh")),
+    "relu": Case(activation=RELU, tokens=2),
+    "fatrelu": Case(activation=Activation("fatrelu", 0.5), tokens=2),
+    "cats": Case(activation=Activation("cats", 0.1)),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+def block_ffn(case: Case, *operands: Any, **backend: Any) -> jax.Array:
+    return block_sparse_ffn(*operands, activation=case.activation, block_size=case.block, **backend)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Block-sparse
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_reference_by_hand() -> None:
+    """Two tokens, two blocks of one neuron: token 0 uses both, token 1 the second."""
+    weights = pack_ffn(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, -1.0]]), jnp.array([[10.0], [100.0]]))
+    x = jnp.array([[1.0], [-2.0]])
+    mask = jnp.array([[True, True], [False, True]])
+    y = block_sparse_ffn(x, weights, mask=mask, activation=Activation("fatrelu", -4.0), block_size=1)
+    # token 0: 1 * 3 * 10 + 2 * -1 * 100; token 1: -4 * 2 * 100
+    np.testing.assert_allclose(y, [[-170.0], [-800.0]])
+
+
+@every_backend
+@every_case
+def test_block_sparse(case: Case, backend: dict[str, Any]) -> None:
+    x, weights, mask, residual = case.x(), case.weights(), case.mask(), case.base()
+    expected = block_ffn(case, x, weights, mask=mask, residual=residual, implementation="reference")
+    for deterministic in (False, True):
+        got = block_ffn(case, x, weights, mask=mask, residual=residual, deterministic=deterministic, **backend)
+        assert got.dtype == (jnp.float32 if case.residual else case.dtype)
+        assert_close(got, expected, case.dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("router_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_router(threshold: float, router_dtype: Any, backend: dict[str, Any]) -> None:
+    case = Case(tokens=3, dtype=jnp.bfloat16)
+    x, weights = case.x(), case.weights()
+    router = random(8, case.neurons // case.block, case.width, dtype=router_dtype, scale=0.2)
+    scores = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32).T))
+    mask = scores > threshold
+    assert 0 < mask.sum() < mask.size
+    expected = block_ffn(case, x, weights, mask=mask, implementation="reference")
+    got = jax.jit(lambda t: block_ffn(case, x, weights, router, t, **backend))(jnp.float32(threshold))
+    assert_close(got, expected, jnp.bfloat16)
+
+
+@every_backend
+def test_block_sparse_gradients(backend: dict[str, Any]) -> None:
+    case = Case(tokens=3)
+    x, weights, mask, residual = case.x(), case.weights(), case.mask(), case.base()
+    router, dy = random(8, case.neurons // case.block, case.width), random(9, case.tokens, case.width)
+
+    def loss(implementation: dict[str, Any], x: Any, weights: Any, residual: Any) -> jax.Array:
+        by_mask = block_ffn(case, x, weights, mask=mask, residual=residual, **implementation)
+        return jnp.sum((by_mask + block_ffn(case, x, weights, router, 0.4, **implementation)) * dy)
+
+    gradient = jax.grad(loss, argnums=(1, 2, 3))
+    got = gradient(backend, x, weights, residual)
+    assert_close(got, gradient({"implementation": "reference"}, x, weights, residual))
+    assert not jax.grad(lambda r: block_ffn(case, x, weights, r, 0.4, **backend).sum())(router).any()
+
+
+@every_backend
+def test_block_sparse_in_vmap_and_scan(backend: dict[str, Any]) -> None:
+    case = Case(tokens=2)
+    weights, mask = case.weights(), case.mask()
+    xs = jnp.stack([case.x(seed) for seed in (10, 11, 12)])
+    one = lambda x: block_ffn(case, x, weights, mask=mask, implementation="reference")
+    expected = jnp.stack([one(x) for x in xs])
+    run = lambda x: block_ffn(case, x, weights, mask=mask, **backend)
+    assert_close(jax.vmap(run)(xs), expected)
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, run(x)), None, xs)
+    assert_close(scanned, expected)
+
+
+@every_backend
+def test_block_sparse_sharded(backend: dict[str, Any]) -> None:
+    """Blocks split over `tensor`, the sum over it outside; value and gradients."""
+    case = Case(tokens=2, neurons=128)
+    x, weights, dy = case.x(), case.weights(), random(9, case.tokens, case.width)
+    router = random(8, case.neurons // case.block, case.width)
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(x: jax.Array, weights: PackedFFN, router: jax.Array) -> jax.Array:
+        return jax.lax.psum(block_ffn(case, x, weights, router, **backend), "tensor")
+
+    over = P("tensor", None)
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=(P(), PackedFFN(over, over, over), over), out_specs=P())
+    one = lambda x, weights, router: block_ffn(case, x, weights, router, implementation="reference")
+    value = lambda f: jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(f(x, w, router) * dy), argnums=(0, 1)))(
+        x, weights
+    )
+    assert_close(value(sharded), value(one))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Neuron-sparse
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize("predicted", [False, True])
+def test_neuron_sparse(predicted: bool, case: Case, backend: dict[str, Any]) -> None:
+    x, weights, residual = case.x(), case.weights(), case.base()
+    predictor = case.predictor() if predicted else None
+    run = lambda **kw: neuron_sparse_ffn(x, weights, predictor, activation=case.activation, residual=residual, **kw)
+    expected = run(implementation="reference")
+    for deterministic in (False, True):
+        got = run(deterministic=deterministic, **backend)
+        assert got.dtype == (jnp.float32 if case.residual else case.dtype)
+        assert_close(got, expected, case.dtype)
+
+
+@every_backend
+def test_neuron_sparse_gradients(backend: dict[str, Any]) -> None:
+    case = Case(tokens=2, activation=RELU)
+    x, weights, residual, predictor = case.x(), case.weights(), case.base(), case.predictor()
+    dy = random(9, case.tokens, case.width)
+
+    def loss(implementation: dict[str, Any], x: Any, weights: Any, residual: Any) -> jax.Array:
+        exact = neuron_sparse_ffn(x, weights, activation=RELU, residual=residual, **implementation)
+        return jnp.sum((exact + neuron_sparse_ffn(x, weights, predictor, activation=RELU, **implementation)) * dy)
+
+    gradient = jax.grad(loss, argnums=(1, 2, 3))
+    expected = gradient({"implementation": "reference"}, x, weights, residual)
+    assert_close(gradient(backend, x, weights, residual), expected)
+
+
+@every_backend
+def test_neuron_sparse_in_vmap_scan_and_shards(backend: dict[str, Any]) -> None:
+    case = Case(tokens=2, activation=RELU, neurons=128)
+    weights, predictor = case.weights(), case.predictor()
+    xs = jnp.stack([case.x(seed) for seed in (10, 11, 12)])
+    run = lambda x, w, p, **kw: neuron_sparse_ffn(x, w, p, activation=RELU, **kw)
+    expected = jnp.stack([run(x, weights, predictor, implementation="reference") for x in xs])
+    assert_close(jax.vmap(lambda x: run(x, weights, predictor, **backend))(xs), expected)
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, run(x, weights, predictor, **backend)), None, xs)
+    assert_close(scanned, expected)
+
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = P("tensor", None)
+    sharded = jax.shard_map(
+        lambda x, w, p: jax.lax.psum(run(x, w, p, **backend), "tensor"),
+        mesh=mesh,
+        in_specs=(P(), PackedFFN(over, over, over), Predictor(P(), over, P("tensor"))),
+        out_specs=P(),
+    )
+    assert_close(jax.jit(sharded)(xs[0], weights, predictor), expected[0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad arguments
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 36}, "block_size: expected a divisor of the 96 neurons, got 36"),
+        ({"mask": None}, "router, mask: expected exactly one"),
+        ({"mask": jnp.ones((1, 5), bool)}, r"mask: expected bool \(1, 6\)"),
+        ({"x": jnp.ones((1, 32))}, r"weights.gate: expected shape \(96, 32\)"),
+        ({"x": jnp.ones((1, 64), jnp.bfloat16)}, "weights.gate: expected the dtype of x, bfloat16, got float32"),
+        ({"residual": jnp.ones((1, 64), jnp.bfloat16)}, "residual: expected float32"),
+        ({"implementation": "cuda"}, "no backend is named 'cuda'"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    case = Case()
+    arguments = {"x": case.x(), "weights": case.weights(), "mask": case.mask(), "block_size": 16} | change
+    with pytest.raises(ValueError, match=message):
+        block_sparse_ffn(**arguments, activation=SILU)
+
+
+def test_bad_predictor() -> None:
+    case = Case()
+    predictor = case.predictor()._replace(up=jnp.ones((95, 8)))
+    with pytest.raises(ValueError, match=r"predictor.up: expected shape \(96, 8\)"):
+        neuron_sparse_ffn(case.x(), case.weights(), predictor, activation=RELU)
+
+
+def test_bad_activation() -> None:
+    with pytest.raises(ValueError, match="activation: expected one of silu"):
+        Activation("swish")  # type: ignore[arg-type]
