@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.config import LlamaConfig, check
+from jsparse.inference import decoder
+from jsparse.inference.decoder import Decoder, pack
 from jsparse.inference.windows import check_ids, positions, replicated, round_up
-from jsparse.model import Params, forward, init_cache, logits, trunk, unstack
+from jsparse.model import Cache, Params, init_cache, logits, trunk, unstack
 from jsparse.parallel import batch_shards
 
 STREAM = 8  # tokens between two calls back to the host when streaming
@@ -61,7 +63,7 @@ class Generation:
 
 
 def generate(
-    params: Params,
+    params: Params | Decoder,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
     *,
@@ -76,7 +78,9 @@ def generate(
     Computes in the dtype of `params`, and under the mesh in context (`jax.set_mesh`).
 
     Args:
-        params: of `jsparse.model`. Stacked layers are unstacked first, which copies them: for many calls do that once.
+        params: of `jsparse.model`, or packed by `jsparse.inference.pack`. What is not packed is packed first, which
+            copies the weights: for many calls do that once. Where a mesh of several devices is in context the model's
+            own layers run instead, on parameters that are sharded as they are.
         prompts: token ids, rows of any lengths of at least 1.
         max_new_tokens: the most tokens a row gets.
         sampling: how tokens are chosen, greedily by default.
@@ -118,7 +122,8 @@ def generate(
     end = length + max_new_tokens
     step = STREAM if on_token else max_new_tokens
     texts: list[list[int]] = [[] for _ in rows]
-    params = unstack(params)
+    if isinstance(params, dict):
+        params = unstack(params) if _sharded() else pack(params, config)
 
     began = time.perf_counter()
     surplus = np.arange(batch) >= len(rows)
@@ -166,14 +171,14 @@ class Choice(NamedTuple):
 
 
 class State(NamedTuple):
-    cache: Any  # `Cache`
+    cache: Cache
     tokens: jax.Array  # int32 [B, S], the text in its slots; always one token more than the cache holds
     stopped: jax.Array  # bool [B]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
 def _prefill(
-    params: Params,
+    params: Params | Decoder,
     prompts: jax.Array,
     start: jax.Array,
     stopped: jax.Array,
@@ -183,14 +188,32 @@ def _prefill(
     slots: int,
 ) -> State:
     """The state after left-padded prompts [B, T] and the first token of each."""
-    cache = init_cache(params, prompts.shape[0], slots, start)
-    x, _, filled = trunk(params, prompts, config, cache=cache)
+    if isinstance(params, Decoder):
+        cache = decoder.empty_cache(params, prompts.shape[0], slots, start, config)
+    else:
+        cache = init_cache(params, prompts.shape[0], slots, start)
+    scores, filled = _forward(params, prompts, config, cache)
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1])))
-    return _append(State(filled, tokens, stopped), logits(x[:, -1], params), choice)
+    return _append(State(filled, tokens, stopped), scores, choice)
+
+
+def _forward(params: Params | Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The last token's logits, float32 [B, V], of tokens [B, T], and the cache after them."""
+    if isinstance(params, Decoder):
+        x, cache = decoder.trunk(params, tokens, config, cache)
+        return decoder.logits(x[:, -1], params), cache
+    x, _, filled = trunk(params, tokens, config, cache=cache)
+    assert filled is not None
+    return logits(x[:, -1], params), filled
+
+
+def _sharded() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _decode(params: Params, state: State, choice: Choice, until: int, *, config: LlamaConfig) -> State:
+def _decode(params: Params | Decoder, state: State, choice: Choice, until: int, *, config: LlamaConfig) -> State:
     """Decodes until `until` slots hold tokens or every row has stopped."""
 
     def more(state: State) -> jax.Array:
@@ -198,8 +221,8 @@ def _decode(params: Params, state: State, choice: Choice, until: int, *, config:
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.cache.length, 1, axis=1)
-        output = forward(params, last, config, cache=state.cache)
-        return _append(state._replace(cache=output.cache), output.logits[:, 0], choice)
+        scores, cache = _forward(params, last, config, state.cache)
+        return _append(state._replace(cache=cache), scores, choice)
 
     return jax.lax.while_loop(more, step, state)
 

@@ -21,7 +21,7 @@ from jsparse.model.llama import (
     trunk,
     unstack,
 )
-from jsparse.model.modules import FFNTrace, Probe, activate
+from jsparse.model.modules import FFNTrace, Probe, activate, rms_norm
 
 __all__ = [
     "BlockTrace",
@@ -41,6 +41,7 @@ __all__ = [
     "islands",
     "logical_axes",
     "logits",
+    "rms_norm",
     "run_block",
     "shardings",
     "stack",

@@ -206,7 +206,7 @@ def trunk(
         place = _place(tokens, positions, segments, config)
     else:
         check(segments is None, "segments", "none with a cache", "both")
-        place = _cached_place(tokens, positions, cache, config)
+        place = cached_place(tokens, positions, cache, config)
     graph = _split(Block, config)[0]
     layers = params["layers"]
 
@@ -311,7 +311,8 @@ def _place(tokens: jax.Array, positions: jax.Array | None, segments: jax.Array |
     return Place(*rope.table(positions, jnp.max(positions) + 1, config), mask)
 
 
-def _cached_place(tokens: jax.Array, positions: jax.Array | None, cache: Cache, config: LlamaConfig) -> Place:
+def cached_place(tokens: jax.Array, positions: jax.Array | None, cache: Cache, config: LlamaConfig) -> Place:
+    """Where tokens [B, T] stand that go to a cache's next slots."""
     by_length = rope.needs_length(config.rope)
     check(tokens.shape[1] <= cache.slots, "cache", f"slots for {tokens.shape[1]} tokens", cache.slots)
     check(positions is None or not by_length, "positions", "none with a cache whose keys are rotated late", config.rope)

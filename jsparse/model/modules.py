@@ -32,9 +32,13 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[None, None]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """float32 [B, T, D] of x [B, T, D] and scale [D]."""
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale[None, None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -99,23 +103,30 @@ class Attention(nnx.Module):
             q = q + self.query_bias[None, None]
             k = k + self.key_bias[None, None]
             v = v + self.value_bias[None, None]
-        q = rope.rotate(q, place.cos, place.sin)
-        if place.key_table is None:
-            k = rope.rotate(k, place.cos, place.sin)
-        if cache is not None:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place.slot, axis=1)
-            cache = LayerCache(write(cache.k, k), write(cache.v, v))
-            k, v = cache
-        if place.key_table is not None:
-            k = rope.rotate(k, *place.key_table)
-        q = constrain(q, "batch", "sequence", "heads", "head_dim")
-        k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
-        v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
-        with jax.numpy_dtype_promotion("standard"):  # jax's own code is not written for "strict"
-            y = jax.nn.dot_product_attention(
-                q, k, v, mask=place.mask, is_causal=place.mask is None, implementation=_implementation(attend, q)
-            )
-        return checkpoint_name(y, "attention"), cache
+        return mix_heads(q, k, v, place, cache, attend)
+
+
+def mix_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
+) -> tuple[jax.Array, LayerCache | None]:
+    """Rotary attention of q [B, T, N, H] to k, v [B, T, K, H] and to what is cached -> [B, T, N, H], and the cache."""
+    q = rope.rotate(q, place.cos, place.sin)
+    if place.key_table is None:
+        k = rope.rotate(k, place.cos, place.sin)
+    if cache is not None:
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place.slot, axis=1)
+        cache = LayerCache(write(cache.k, k), write(cache.v, v))
+        k, v = cache
+    if place.key_table is not None:
+        k = rope.rotate(k, *place.key_table)
+    q = constrain(q, "batch", "sequence", "heads", "head_dim")
+    k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
+    v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
+    with jax.numpy_dtype_promotion("standard"):  # jax's own code is not written for "strict"
+        y = jax.nn.dot_product_attention(
+            q, k, v, mask=place.mask, is_causal=place.mask is None, implementation=_implementation(attend, q)
+        )
+    return checkpoint_name(y, "attention"), cache
 
 
 def _implementation(attend: Attend, q: jax.Array) -> Literal["xla", "cudnn"]:
