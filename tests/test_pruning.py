@@ -25,6 +25,7 @@ from jsparse.methods.pruning import (
     Wanda,
     block_statistics,
     compared,
+    needs,
     prune,
     prune_block,
     ria_scores,
@@ -338,7 +339,8 @@ def test_statistics_of_attention():
     fed = jnp.einsum("BTF,FD->BTD", trace.hidden, layer["ffn"]["down"])
     np.testing.assert_allclose(y, x + attended + fed, rtol=1e-4, atol=1e-4)
     plan = (("attention.query", SparseGpt()), ("attention.output", Wanda()))
-    stats = block_statistics(layer, x, jnp.asarray([True, True, False]), CONFIG, plan)
+    middle, stats = block_statistics(layer, x, jnp.asarray([True, True, False]), CONFIG, needs(plan))
+    np.testing.assert_allclose(middle, x + attended, rtol=1e-4, atol=1e-4)
     assert set(stats) == {"attention", "heads"} and stats["heads"].gram is None
     a = np.asarray(trace.attention[:2]).reshape(16, -1)
     np.testing.assert_allclose(stats["attention"].gram, a.T @ a, rtol=1e-4, atol=1e-4)
@@ -494,3 +496,16 @@ def test_what_is_not_finite_is_named():
         prune(params | {"layers": bad}, CONFIG, pattern=NofM(2, 4), mlp=Magnitude())
     w, x = layer_of(8, 4, samples=2)
     assert np.isnan(sparsegpt(w, jnp.asarray(x @ x.T) - 1e-2 * jnp.eye(8), NofM(2, 4), damp=0.0)[0]).any()
+
+
+def test_remainders_are_refused_or_skipped():
+    params, ids = random_params(CONFIG), tokens(CONFIG, 2, 8)
+    with pytest.raises(ConfigError, match=r"layers\.0\.ffn\.down: pattern 2:32: expected an input axis .* got 48"):
+        prune(params, CONFIG, ids, pattern=NofM(2, 32), mlp=Wanda())
+    got, masks, report = prune(params, CONFIG, ids, pattern=NofM(2, 32), mlp=Wanda(), remainder="skip")
+    assert report.skipped == ("layers.0.ffn.down", "layers.1.ffn.down")
+    np.testing.assert_array_equal(got["layers"]["ffn"]["down"], params["layers"]["ffn"]["down"])
+    assert (np.asarray(got["layers"]["ffn"]["up"]) == 0).mean() == 30 / 32
+    assert report.mlp_sparsity == 30 / 32 * 2 / 3 and len(report.matrices) == 4
+    with pytest.raises(ConfigError, match="pattern: expected one that divides at least one matrix, got '1:5'"):
+        prune(params, CONFIG, ids, pattern=NofM(1, 5), remainder="skip")

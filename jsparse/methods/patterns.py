@@ -7,13 +7,12 @@ Among equal scores the lower index is pruned first.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jsparse.config import ConfigError, check
@@ -108,22 +107,71 @@ def replace(tree: Any, values: Mapping[str, Any]) -> Any:
     return tree
 
 
+def joined(shape: tuple[int, ...], name: str) -> tuple[int, int]:
+    """[I, O] of a parameter of one block: joins the head axes."""
+    split = -1 if name.endswith("attention.output") else 1
+    return math.prod(shape[:split]), math.prod(shape[split:])
+
+
 def matrix(x: Any, name: str) -> Any:
-    """W [I, O] of a parameter of one block: joins the head axes."""
-    return x.reshape(-1, x.shape[-1]) if name == "attention.output" else x.reshape(x.shape[0], -1)
+    """W [I, O] of a parameter of one block."""
+    return x.reshape(joined(x.shape, name))
+
+
+def divides(shape: tuple[int, ...], name: str, axis: Axis, pattern: Pattern) -> bool:
+    """Whether groups of M fill a parameter's axis."""
+    return not isinstance(pattern, NofM) or joined(shape, name)[axis == "output"] % pattern.m == 0
 
 
 def check_divides(shape: tuple[int, ...], where: str, axis: Axis, pattern: Pattern) -> None:
-    """Raises ConfigError where groups of M do not fill a parameter's axis, heads joined."""
-    if isinstance(pattern, NofM):
-        split = -1 if where.endswith("attention.output") else 1
-        size = math.prod(shape[:split] if axis == "input" else shape[split:])
-        check(size % pattern.m == 0, f"{where}: pattern {pattern}", f"an {axis} axis that {pattern.m} divides", size)
+    """Raises ConfigError where they do not."""
+    if not divides(shape, where, axis, pattern):
+        size, m = joined(shape, where)[axis == "output"], getattr(pattern, "m", 1)
+        raise ConfigError(f"{where}: pattern {pattern}: expected an {axis} axis that {m} divides, got {size}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Is it so, and does it stay so
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class Broken(NamedTuple):
+    """What a matrix says to a claimed pattern; scalars."""
+
+    groups: jax.Array  # int32, that break it
+    first: jax.Array  # int32, the first of them
+    keeps: jax.Array  # int32, entries that it keeps
+
+
+def find_broken(weight: jax.Array, pattern: Pattern, axis: Axis) -> Broken:
+    """The groups of W [I, O] that break a pattern.
+
+    Of weights, what is not 0 counts as kept, and to keep fewer is no breach. Groups of a mask (bool) keep exactly N.
+    """
+    lines = weight.T if axis == "input" else weight.reshape(1, -1) if axis == "matrix" else weight
+    size, limit = _limit(weight.shape, pattern, axis)
+    kept = jnp.sum(lines.reshape(-1, size).astype(bool), axis=-1, dtype=jnp.int32)
+    exact = weight.dtype == bool and isinstance(pattern, NofM)
+    broken = (kept != limit) if exact else (kept > limit)
+    first = jnp.argmax(broken).astype(jnp.int32)
+    return Broken(jnp.sum(broken, dtype=jnp.int32), first, kept[first])
+
+
+def describe_broken(broken: Broken, shape: tuple[int, int], pattern: Pattern, axis: Axis) -> str:
+    """The first broken group of W [I, O] in words: its place, what it keeps and what was expected."""
+    size, limit = _limit(shape, pattern, axis)
+    line, group = divmod(int(broken.first), shape[axis == "output"] // size if isinstance(pattern, NofM) else 1)
+    across = "output" if axis == "input" else "input"
+    place = "the matrix" if axis == "matrix" else f"{across} {line}"
+    if isinstance(pattern, NofM):
+        place += f", {axis}s {group * size} to {(group + 1) * size - 1},"
+    return f"{place} keeps {int(broken.keeps)}, expected {limit}"
+
+
+def _limit(shape: tuple[int, ...], pattern: Pattern, axis: Axis) -> tuple[int, int]:
+    """Entries of a group, and how many a pattern lets it keep."""
+    line = shape[0] if axis == "input" else shape[1] if axis == "output" else math.prod(shape)
+    return (pattern.m, pattern.n) if isinstance(pattern, NofM) else (line, line - pattern.pruned(line))
 
 
 def check_pattern(tree: Any, pattern: Pattern, axes: Mapping[str, Axis]) -> None:
@@ -137,47 +185,31 @@ def check_pattern(tree: Any, pattern: Pattern, axes: Mapping[str, Axis]) -> None
         axes: along what the groups of each matrix run, such as {"ffn.down": "input"}; matrices not named may be
             anything. `pruning.compared` tells for a method.
     """
+    found = []
+    for where, name, x, layer in each_matrix(tree, axes):
+        if x is None:
+            raise ValueError(f"{where}: expected a mask for {pattern}, got None")
+        shape = x.shape if layer is None else x.shape[1:]
+        check_divides(shape, where, axes[name], pattern)
+        found.append((where, shape, axes[name], _find_broken(x, layer, name, pattern, axes[name])))
+    for where, shape, axis, broken in jax.device_get(found):  # all are on their way before the first is read
+        if broken.groups:
+            raise ValueError(f"{where}: {describe_broken(broken, joined(shape, where), pattern, axis)}")
+
+
+def each_matrix(tree: Any, names: Iterable[str]) -> Iterator[tuple[str, str, Any, int | None]]:
+    """The named matrices of every layer: where ("layers.0.ffn.gate"), name, the array that holds it, and the index to
+    take of that (None: the array itself)."""
     layers = tree["layers"]
-    count = len(layers) if isinstance(layers, list | tuple) else len(get(layers, next(iter(axes))))
-    for i in range(count):
-        for name, axis in axes.items():
-            # of a stack only this matrix is cut out, not its block
-            x = get(layers, name)[i] if isinstance(layers, dict) else get(layers[i], name)
-            where = f"layers.{i}.{name}"
-            if x is None:
-                raise ValueError(f"{where}: expected a mask for {pattern}, got None")
-            check_divides(x.shape, where, axis, pattern)
-            exact = x.dtype == bool and isinstance(pattern, NofM)
-            kept, limit = _kept(matrix(x, name), pattern, axis)
-            broken, at, found = jax.device_get(_first_broken(kept, limit, exact))
-            if broken:
-                index = np.unravel_index(int(at), kept.shape)
-                raise ValueError(f"{where}: {_place(index, pattern, axis)} keeps {int(found)}, expected {limit}")
+    stacked = isinstance(layers, dict)
+    for i in range(len(get(layers, next(iter(names)))) if stacked else len(layers)):
+        for name in names:
+            yield f"layers.{i}.{name}", name, get(layers if stacked else layers[i], name), i if stacked else None
 
 
-def _kept(weight: jax.Array, pattern: Pattern, axis: Axis) -> tuple[jax.Array, int]:
-    """Entries kept in each group, int32 [outputs or inputs, groups], and how many are allowed."""
-    lines = weight.T if axis == "input" else weight.reshape(1, -1) if axis == "matrix" else weight
-    size = pattern.m if isinstance(pattern, NofM) else lines.shape[-1]
-    limit = pattern.n if isinstance(pattern, NofM) else size - pattern.pruned(size)
-    return jnp.sum(lines.reshape(lines.shape[0], -1, size).astype(bool), axis=-1, dtype=jnp.int32), limit
-
-
-@functools.partial(jax.jit, static_argnames=("limit", "exact"))
-def _first_broken(kept: jax.Array, limit: int, exact: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    broken = ((kept != limit) if exact else (kept > limit)).reshape(-1)
-    at = jnp.argmax(broken)
-    return broken[at], at, kept.reshape(-1)[at]
-
-
-def _place(index: Any, pattern: Pattern, axis: Axis) -> str:
-    line, group = map(int, index)
-    other = "output" if axis == "input" else "input"
-    if axis == "matrix":
-        return "the matrix"
-    if isinstance(pattern, Ratio):
-        return f"{other} {line}"
-    return f"{other} {line}, {axis}s {group * pattern.m} to {(group + 1) * pattern.m - 1},"
+@functools.partial(jax.jit, static_argnames=("name", "pattern", "axis"))
+def _find_broken(x: jax.Array, layer: Any, name: str, pattern: Pattern, axis: Axis) -> Broken:
+    return find_broken(matrix(x if layer is None else x[layer], name), pattern, axis)
 
 
 def hold(masks: Any) -> optax.GradientTransformation:

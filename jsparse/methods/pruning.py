@@ -23,9 +23,9 @@ pruned and its outputs go on to the next.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,15 @@ from jsparse.methods import dass
 from jsparse.methods.dass import Dass
 from jsparse.methods.patterns import (
     Axis,
+    Broken,
     NofM,
     Pattern,
     check_divides,
-    check_pattern,
+    describe_broken,
+    divides,
+    find_broken,
     get,
+    joined,
     keep_largest,
     matrix,
     replace,
@@ -141,42 +145,99 @@ class Stats(NamedTuple):
     sequences: jax.Array  # []
 
 
+Plan = tuple[tuple[str, Method], ...]  # the matrices of a block to prune, each with its method
+Needs = tuple[tuple[str, bool], ...]  # fields of `BlockTrace` to measure, each with whether its Gram matrix is wanted
+Stream = list[tuple[jax.Array, jax.Array]]  # by batch: the residual stream [B, T, D], and which rows count, bool [B]
+
+
+def needs(plan: Plan) -> Needs:
+    """The statistics that a plan needs of a block."""
+    found: dict[str, bool] = {}
+    for name, method in plan:
+        field = statistics(name, method)
+        if field:
+            found[field] = found.get(field, False) or isinstance(method, SparseGpt)
+    return tuple(sorted(found.items()))
+
+
 def measure(x: jax.Array, counted: jax.Array, gram: bool) -> Stats:
     """Statistics of x [B, T, C...], trailing axes joined, over the sequences counted, bool [B]."""
-    x = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
-    x = jnp.where(counted[:, None, None], x, 0.0).reshape(-1, x.shape[-1])
-    squares = constrain(jnp.sum(x * x, axis=0), None)  # whole everywhere: the host reads it
+    x = x.reshape(*x.shape[:2], -1)
+    x = jnp.where(counted[:, None, None], x, jnp.zeros((), x.dtype)).reshape(-1, x.shape[-1])
+    squares = constrain(jnp.sum(x.astype(jnp.float32) ** 2, axis=0), None)  # whole everywhere: the host reads it
     return Stats(squares, exact_dot(x.T, x) if gram else None, jnp.sum(counted, dtype=jnp.float32))
 
 
-Plan = tuple[tuple[str, Method], ...]  # the matrices to prune, each with its method
-
-
-@functools.partial(jax.jit, static_argnames=("config", "plan"))
+@functools.partial(jax.jit, static_argnames=("config", "needs"))
 def block_statistics(
-    layer: Params, x: jax.Array, counted: jax.Array, config: LlamaConfig, plan: Plan
-) -> dict[str, Stats]:
-    """The statistics that a plan needs of one block, by field of `BlockTrace`, over one batch.
+    layer: Params, x: jax.Array, counted: jax.Array, config: LlamaConfig, needs: Needs
+) -> tuple[jax.Array, dict[str, Stats]]:
+    """The statistics of one block over one batch. Computes in the dtype of x.
 
     Args:
         layer: the block's parameters.
         x: [B, T, D], what the block reads.
         counted: bool [B], sequences that count.
+        needs: what to measure.
+
+    Returns:
+        The residual stream between attention and FFN, [B, T, D], and the statistics by field of `BlockTrace`.
     """
-    _, trace = model.run_block(layer, x, config)
-    wanted = [(statistics(name, method), isinstance(method, SparseGpt)) for name, method in plan]
-    fields = sorted({field for field, _ in wanted if field})
-    return {field: measure(getattr(trace, field), counted, (field, True) in wanted) for field in fields}
+    layer = _cast(layer, x.dtype, config)
+    middle, attention, heads = model.run_attention(layer, x, config)
+    _, ffn, hidden = model.run_ffn(layer, middle, config)
+    trace = model.BlockTrace(attention, heads, ffn, hidden)
+    return middle, {field: measure(getattr(trace, field), counted, gram) for field, gram in needs}
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _advance(layer: Params, x: jax.Array, config: LlamaConfig) -> jax.Array:
-    return model.run_block(layer, x, config)[0]
+@functools.partial(jax.jit, static_argnames=("config", "attended"))
+def _finish(layer: Params, x: jax.Array, config: LlamaConfig, attended: bool) -> jax.Array:
+    """The residual stream after a block, of that before it or, where it has `attended`, before its FFN."""
+    layer = _cast(layer, x.dtype, config)
+    if not attended:
+        x, _, _ = model.run_attention(layer, x, config)
+    return model.run_ffn(layer, x, config)[0]
 
 
-@jax.jit
-def _embed(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-    return constrain(constrain(embed, "vocab", None)[tokens], "batch", "sequence", None)
+def _cast(layer: Params, dtype: Any, config: LlamaConfig) -> Params:
+    return jax.tree.map(lambda island, x: x if island else x.astype(dtype), model.islands(config)["layers"], layer)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(sums: Any, new: Any) -> Any:
+    return jax.tree.map(jnp.add, sums, new)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _embed(embed: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    rows = constrain(embed, "vocab", None)[tokens].astype(dtype)
+    return constrain(rows, "batch", "sequence", None)
+
+
+def embed(matrix: jax.Array, config: LlamaConfig, tokens: ArrayLike, batch_size: int, dtype: Any = None) -> Stream:
+    """The residual stream before the first block.
+
+    Args:
+        matrix: the embedding [V, D].
+        tokens: calibration sequences, int [sequences, T].
+        batch_size: sequences a batch; the last batch is filled up with rows that do not count.
+        dtype: to compute in; by default that of the embedding.
+
+    Raises:
+        ConfigError: the tokens do not fit the model.
+    """
+    ids = np.asarray(tokens)
+    check(ids.ndim == 2 and ids.size > 0 and ids.dtype.kind in "iu", "tokens", "ids [sequences, T]",
+          f"{ids.dtype}{list(ids.shape)}")  # fmt: skip
+    check(batch_size > 0, "batch_size", "a positive number", batch_size)
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    check(not len(outside), "tokens", f"ids from 0 to {config.vocab_size - 1}", outside[:1].tolist())
+    shards = batch_shards()
+    size = -(-min(batch_size, len(ids)) // shards) * shards
+    places = [np.arange(first, first + size) for first in range(0, len(ids), size)]
+    kind = jnp.dtype(matrix.dtype if dtype is None else dtype)
+    return [(_embed(matrix, ids[np.minimum(at, len(ids) - 1)].astype(np.int32), kind), jnp.asarray(at < len(ids)))
+            for at in places]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,22 +264,48 @@ def prune_block(
         ConfigError: statistics that a method needs are not there, or a pattern does not divide.
     """
     weights, masks = {}, {}
-    for name, method in plan:
-        whole = get(layer, name)
-        weight = matrix(whole, name)
-        field = statistics(name, method)
-        check(field is None or field in stats, f"{name} by {method.type}", f"statistics of {field!r}", sorted(stats))
+    for (field, method), names in _by_input(plan).items():
+        where = f"{names[0]} by {method.type}"
+        check(field is None or field in stats, where, f"statistics of {field!r}", sorted(stats))
         found = stats[field] if field else None
+        parts = [matrix(get(layer, name), name) for name in names]
         if isinstance(method, SparseGpt):
-            check(found is not None and found.gram is not None, f"{name} by sparsegpt", "a Gram matrix", None)
-            hessian = 2.0 / found.sequences * found.gram  # type: ignore[union-attr, operator]
-            weight, keep = sparsegpt(weight, hessian, pattern, damp=method.damp, block=method.block)
+            check(found is not None and found.gram is not None, where, "a Gram matrix", None)
+            pruned = _sparsegpt(parts, found, method, pattern)  # type: ignore[arg-type]
         else:
-            keep = keep_largest(_scores(weight, name, method, found), pattern, compared(name, method, pattern))
-            weight = jnp.where(keep, weight, jnp.zeros((), weight.dtype))  # not a product: nan times 0 is nan
-        weights[name] = weight.astype(whole.dtype).reshape(whole.shape)
-        masks[name] = keep.reshape(whole.shape)
+            pruned = [_masked(part, name, method, found, pattern) for part, name in zip(parts, names, strict=True)]
+        for name, (weight, keep) in zip(names, pruned, strict=True):
+            whole = get(layer, name)
+            weights[name] = weight.astype(whole.dtype).reshape(whole.shape)
+            masks[name] = keep.reshape(whole.shape)
     return weights, masks
+
+
+def _by_input(plan: Plan) -> dict[tuple[str | None, Method], list[str]]:
+    """The matrices that one method prunes by one statistic."""
+    found: dict[tuple[str | None, Method], list[str]] = {}
+    for name, method in plan:
+        found.setdefault((statistics(name, method), method), []).append(name)
+    return found
+
+
+def _sparsegpt(
+    parts: list[jax.Array], stats: Stats, method: SparseGpt, pattern: Pattern
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Matrices that read the same input, side by side: its Gram matrix is factored once."""
+    whole = jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
+    widths = tuple(part.shape[1] for part in parts)
+    hessian = 2.0 / stats.sequences * stats.gram  # type: ignore[operator]
+    found = sparsegpt(whole, hessian, pattern, damp=method.damp, block=method.block, parts=widths)
+    ends = np.cumsum(widths)[:-1]
+    return list(zip(*(jnp.split(x, ends, axis=1) for x in found), strict=True))
+
+
+def _masked(
+    weight: jax.Array, name: str, method: Method, stats: Stats | None, pattern: Pattern
+) -> tuple[jax.Array, jax.Array]:
+    keep = keep_largest(_scores(weight, name, method, stats), pattern, compared(name, method, pattern))
+    return jnp.where(keep, weight, jnp.zeros((), weight.dtype)), keep  # not a product: nan times 0 is nan
 
 
 def _scores(weight: jax.Array, name: str, method: Method, stats: Stats | None) -> jax.Array:
@@ -235,7 +322,7 @@ def _scores(weight: jax.Array, name: str, method: Method, stats: Stats | None) -
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A whole model
+# Block after block
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +336,96 @@ class MatrixReport:
     dead: int  # channels of the statistics that are 0 over the whole calibration
 
 
+class Pruned(NamedTuple):
+    """One block, pruned."""
+
+    weights: dict[str, jax.Array]  # by name, in the parameters' shapes and dtypes
+    masks: dict[str, jax.Array]  # bool, True is kept
+    rows: list[MatrixReport]
+
+
+def prune_next(layer: Params, i: int, stream: Stream, config: LlamaConfig, plan: Plan, pattern: Pattern) -> Pruned:
+    """Prunes block i by what comes to it, and takes the stream, in place, from before it to after it.
+
+    Raises:
+        ValueError: statistics or weights are not finite, or a group does not have the pattern; names its place.
+    """
+    stays = not any(name in ATTENTION for name, _ in plan)  # attention stays dense: its part of the pass is done once
+    stats: dict[str, Stats] = {}
+    for k, (x, counted) in enumerate(stream):
+        middle, new = block_statistics(layer, x, counted, config, needs(plan))
+        stats = _add(stats, new) if stats else new
+        if stays:
+            stream[k] = middle, counted
+    weights, masks = prune_block(layer, stats, plan, pattern)
+    seen = _look({name: get(layer, name) for name, _ in plan}, weights, plan, pattern)
+    layer = replace(layer, weights)
+    if i < config.num_hidden_layers - 1:
+        for k, (x, counted) in enumerate(stream):  # one by one, so that it exists only once
+            stream[k] = _finish(layer, x, config, stays), counted
+    return Pruned(weights, masks, _rows(i, stats, seen, weights, plan, pattern))
+
+
+class _Seen(NamedTuple):
+    """What the host wants to know of a matrix; scalars."""
+
+    finite_before: jax.Array
+    finite: jax.Array
+    zeros: jax.Array
+    broken: Broken
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "pattern"))
+def _look(before: Any, after: Any, plan: Plan, pattern: Pattern) -> dict[str, _Seen]:
+    found = {
+        name: _Seen(
+            jnp.all(jnp.isfinite(before[name])),
+            jnp.all(jnp.isfinite(after[name])),
+            jnp.sum(after[name] == 0, dtype=jnp.int32),
+            find_broken(matrix(after[name], name), pattern, compared(name, method, pattern)),
+        )
+        for name, method in plan
+    }
+    return jax.tree.map(constrain, found)
+
+
+def _rows(
+    i: int, stats: Mapping[str, Stats], seen: Any, weights: Mapping[str, jax.Array], plan: Plan, pattern: Pattern
+) -> list[MatrixReport]:
+    """The report on one block. Here the host waits for the devices, once a block."""
+    squares, seen = jax.device_get(({field: s.squares for field, s in stats.items()}, seen))
+    dead = {field: _dead(values, f"layers.{i}.{field}") for field, values in squares.items()}
+    rows = []
+    for name, method in plan:
+        where, axis, field = f"layers.{i}.{name}", compared(name, method, pattern), statistics(name, method)
+        shape, found = weights[name].shape, seen[name]
+        if not found.finite_before:
+            raise ValueError(f"{where}: weights are not finite before pruning")
+        if not found.finite:
+            raise ValueError(f"{where}: weights are not finite after pruning: more damping may help")
+        if found.broken.groups:
+            raise ValueError(f"{where}: {describe_broken(found.broken, joined(shape, name), pattern, axis)}")
+        size = weights[name].size
+        rows.append(MatrixReport(where, method.type, axis, size, int(found.zeros), dead[field] if field else 0))
+    return rows
+
+
+def _dead(squares: np.ndarray, where: str) -> int:
+    """Channels that are always 0. Raises ValueError where a statistic is not finite."""
+    bad = np.flatnonzero(~np.isfinite(squares))
+    if len(bad):
+        raise ValueError(f"{where}: expected finite statistics of the calibration, got {squares[bad[0]]} in channel "
+                         f"{bad[0]} ({len(bad)} of {len(squares)} channels are not finite)")  # fmt: skip
+    return int(np.sum(squares == 0))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A whole model
+# --------------------------------------------------------------------------------------------------------------------
+
+Remainder = Literal["refuse", "skip"]  # what to do with a matrix that groups of M do not fill
+
+
 @dataclass(frozen=True)
 class Report:
     """What was pruned. `dataclasses.asdict` gives plain JSON values."""
@@ -257,8 +434,36 @@ class Report:
     sequences: int  # of calibration
     seq_len: int
     matrices: tuple[MatrixReport, ...]
+    skipped: tuple[str, ...]  # matrices that groups of M do not fill, left dense
     mlp_sparsity: float  # zeros among the weights of gate, up and down
     model_sparsity: float  # the same zeros and attention's, among all parameters
+
+
+def plans(
+    config: LlamaConfig, pattern: Pattern, mlp: Method, attention: Method | None, remainder: Remainder
+) -> tuple[list[Plan], tuple[str, ...]]:
+    """What to prune of each layer, and the matrices that are skipped.
+
+    Raises ConfigError where a pattern does not divide a matrix and is not to skip it, and for DaSS on attention.
+    """
+    check(not isinstance(attention, Dass), "attention", "wanda, sparsegpt, magnitude or ria, as DaSS is of FFNs",
+          "dass")  # fmt: skip
+    wanted: Plan = tuple((name, mlp) for name in MLP)
+    wanted += tuple((name, attention) for name in ATTENTION) if attention else ()
+    found, skipped = [], []
+    for i, layer in enumerate(jax.eval_shape(model.unstack, model.abstract(config))["layers"]):
+        plan = []
+        for name, method in wanted:
+            where, shape, axis = f"layers.{i}.{name}", get(layer, name).shape, compared(name, method, pattern)
+            if remainder == "refuse":
+                check_divides(shape, where, axis, pattern)
+            if divides(shape, name, axis, pattern):
+                plan.append((name, method))
+            else:
+                skipped.append(where)
+        found.append(tuple(plan))
+    check(any(found), "pattern", "one that divides at least one matrix", str(pattern))
+    return found, tuple(skipped)
 
 
 def prune(
@@ -269,23 +474,27 @@ def prune(
     pattern: Pattern,
     mlp: Method = Dass(),
     attention: Method | None = None,
+    remainder: Remainder = "refuse",
     batch_size: int = 8,
+    dtype: Any = None,
     donate: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Params, Any, Report]:
     """Prunes a model in one pass over its blocks, without training.
 
     Holds beside the parameters the residual stream of the calibration tokens, the statistics of one block and the
-    masks. Under a mesh (`jax.set_mesh`) the sequences are split over "data" and "fsdp", and the results have the
-    parameters' shardings.
+    masks. `jsparse.hf.prune_folder` does the same with the parameters of one block. Under a mesh (`jax.set_mesh`) the
+    sequences are split over "data" and "fsdp", and the results have the parameters' shardings.
 
     Args:
-        params: stacked or unstacked; computes in their dtype, statistics and scores in float32.
+        params: stacked or unstacked; statistics and scores are float32 whatever their dtype.
         tokens: calibration sequences, int [sequences, T]; None will do for magnitude.
         pattern: of every matrix that is pruned.
         mlp: method for gate, up and down.
         attention: method for query, key, value and output; None leaves them dense. DaSS knows none.
+        remainder: "skip" leaves a matrix dense whose axis groups of M do not fill; "refuse" raises.
         batch_size: sequences a forward pass.
+        dtype: of the forward passes; by default the embedding's.
         donate: writes into the arrays of stacked `params` instead of new ones, so that the model exists only once; the
             caller's tree is of no use afterwards.
         progress: called after each block with the number of blocks done and of all.
@@ -298,86 +507,78 @@ def prune(
         ConfigError: a pattern that does not divide a matrix, or tokens that are missing or do not fit the model.
         ValueError: statistics or weights are not finite; names the matrix, or the block and the channel.
     """
-    check(not isinstance(attention, Dass), "attention", "wanda, sparsegpt, magnitude or ria, as DaSS is of FFNs",
-          "dass")  # fmt: skip
-    plan: Plan = tuple((name, mlp) for name in MLP)
-    plan += tuple((name, attention) for name in ATTENTION) if attention else ()
+    todo, skipped = plans(config, pattern, mlp, attention, remainder)
     layers = params["layers"]
     stacked = isinstance(layers, dict)
-    for i in range(config.num_hidden_layers):
-        for name, method in plan:
-            shape = get(layers, name).shape[1:] if stacked else get(layers[i], name).shape
-            check_divides(shape, f"layers.{i}.{name}", compared(name, method, pattern), pattern)
-    needs = [f"{method.type} ({name})" for name, method in plan if statistics(name, method)]
-    check(tokens is not None or not needs, "tokens", f"calibration tokens for {needs[0] if needs else ''}", None)
-
-    stream = list(_batches(params, config, tokens, batch_size)) if needs else []
+    stream = start(params["embed"], config, tokens, todo, batch_size, dtype)
     if stacked and not donate:
-        layers = replace(layers, {name: jnp.copy(get(layers, name)) for name, _ in plan})
+        layers = replace(layers, {name: jnp.copy(get(layers, name)) for name, _ in todo[0]})
     elif not stacked:
         layers = list(layers)
-    masks = _empty_masks(layers, plan)
+    masks = _empty_masks(layers, todo[0])
     rows: list[MatrixReport] = []
-    for i in range(config.num_hidden_layers):
-        layer = _pick(layers, i)
-        stats: dict[str, Stats] = {}
-        for x, counted in stream:
-            one = block_statistics(layer, x, counted, config, plan)
-            stats = jax.tree.map(jnp.add, stats, one) if stats else one
-        dead = {field: _dead(s, f"layers.{i}.{field}") for field, s in stats.items()}
-        weights, keep = prune_block(layer, stats, plan, pattern)
-        for name, method in plan:
-            where, axis, field = f"layers.{i}.{name}", compared(name, method, pattern), statistics(name, method)
-            _zeros(get(layer, name), where, "are not finite before pruning")
-            zeros = _zeros(weights[name], where, "are not finite after pruning: more damping may help")
-            rows.append(MatrixReport(where, method.type, axis, weights[name].size, zeros, dead[field] if field else 0))
-        layer = replace(layer, weights)
-        for k, (x, counted) in enumerate(stream):  # one by one, so that it exists only once
-            stream[k] = _advance(layer, x, config), counted
-        layers, masks = _put(layers, i, weights), _put(masks, i, keep)
+    for i, plan in enumerate(todo):
+        found = prune_next(_pick(layers, i), i, stream, config, plan, pattern)
+        layers, masks = _put(layers, i, found.weights), _put(masks, i, found.masks)
+        rows += found.rows
         if progress:
             progress(i + 1, config.num_hidden_layers)
-
-    pruned = params | {"layers": layers}
-    check_pattern(pruned, pattern, {name: compared(name, method, pattern) for name, method in plan})
-    length = np.shape(tokens) if tokens is not None and needs else (0, 0)
-    return pruned, jax.tree.map(lambda _: None, params) | {"layers": masks}, _report(pruned, rows, pattern, *length)
+    masks = jax.tree.map(lambda _: None, params) | {"layers": masks}
+    return params | {"layers": layers}, masks, report(config, pattern, rows, skipped, stream, tokens)
 
 
-def _batches(params: Params, config: LlamaConfig, tokens: Any, size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """The residual stream [B, T, D] before the first block, and which rows are sequences (bool [B]), not padding."""
-    tokens = np.asarray(tokens)
-    check(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu", "tokens",
-          "ids [sequences, T]", f"{tokens.dtype}{list(tokens.shape)}")  # fmt: skip
-    check(size > 0, "batch_size", "a positive number", size)
-    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    check(not len(outside), "tokens", f"ids from 0 to {config.vocab_size - 1}", outside[:1].tolist())
-    shards = batch_shards()
-    size = -(-min(size, len(tokens)) // shards) * shards
-    for first in range(0, len(tokens), size):
-        at = np.arange(first, first + size)
-        part = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int32)
-        yield _embed(params["embed"], part), jnp.asarray(at < len(tokens))
+def start(
+    matrix: jax.Array, config: LlamaConfig, tokens: ArrayLike | None, todo: list[Plan], batch_size: int, dtype: Any
+) -> Stream:
+    """The stream of a pass, see `embed`; empty where no statistics are needed. Raises ConfigError where tokens are and
+    there are none."""
+    users = [f"{method.type} ({name})" for plan in todo for name, method in plan if statistics(name, method)]
+    check(tokens is not None or not users, "tokens", f"calibration tokens for {users[0] if users else ''}", None)
+    return embed(matrix, config, tokens, batch_size, dtype) if users and tokens is not None else []
+
+
+def report(
+    config: LlamaConfig,
+    pattern: Pattern,
+    rows: list[MatrixReport],
+    skipped: tuple[str, ...],
+    stream: Stream,
+    tokens: ArrayLike | None,
+) -> Report:
+    sequences, seq_len = np.shape(tokens) if stream else (0, 0)  # type: ignore[arg-type, misc]
+    mlp = [row.zeros for row in rows if row.name.split(".", 2)[2] in MLP]
+    zeros = sum(row.zeros for row in rows)
+    return Report(str(pattern), sequences, seq_len, tuple(rows), skipped, sum(mlp) / mlp_weights(config),
+                  zeros / model.count(model.abstract(config)))  # fmt: skip
+
+
+def mlp_weights(config: LlamaConfig) -> int:
+    """How many weights gate, up and down of all layers have."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.abstract(config)["layers"])
+    return sum(x.size for path, x in leaves if ".".join(key.key for key in path[-2:]) in MLP)
+
+
+@jax.jit
+def _pick_of_stack(layers: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: x[i], layers)
 
 
 def _pick(layers: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], layers) if isinstance(layers, dict) else layers[i]
+    return _pick_of_stack(layers, i) if isinstance(layers, dict) else layers[i]
 
 
 def _put(layers: Any, i: int, values: Mapping[str, Any]) -> Any:
     """Writes one block's matrices into a stack, in place, or a list."""
     if isinstance(layers, dict):
-        return replace(layers, {name: _write(get(layers, name), x, i) for name, x in values.items()})
+        stacks = {name: get(layers, name) for name in values}
+        written = _write_in_place(stacks, values, i)
+        return replace(layers, jax.device_put(written, jax.tree.map(lambda x: x.sharding, stacks)))
     return [*layers[:i], replace(layers[i], values), *layers[i + 1 :]]
 
 
-def _write(stack: jax.Array, x: jax.Array, i: int) -> jax.Array:
-    return jax.device_put(_write_in_place(stack, x, i), stack.sharding)
-
-
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_in_place(stack: jax.Array, x: jax.Array, i: Any) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, x, i, axis=0)
+def _write_in_place(stacks: Any, values: Any, i: Any) -> Any:
+    return jax.tree.map(lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, axis=0), stacks, values)
 
 
 def _empty_masks(layers: Any, plan: Plan) -> Any:
@@ -386,34 +587,3 @@ def _empty_masks(layers: Any, plan: Plan) -> Any:
         stacks = {name: get(layers, name) for name, _ in plan}
         masks = replace(masks, {name: jnp.zeros(x.shape, bool, device=x.sharding) for name, x in stacks.items()})
     return masks
-
-
-def _dead(stats: Stats, where: str) -> int:
-    """Channels that are always 0. Raises ValueError where a statistic is not finite."""
-    squares = np.asarray(stats.squares)
-    bad = np.flatnonzero(~np.isfinite(squares))
-    if len(bad):
-        raise ValueError(f"{where}: expected finite statistics of the calibration, got {squares[bad[0]]} in channel "
-                         f"{bad[0]} ({len(bad)} of {len(squares)} channels are not finite)")  # fmt: skip
-    return int(np.sum(squares == 0))
-
-
-def _zeros(weight: jax.Array, where: str, otherwise: str) -> int:
-    """How many weights are 0. Raises ValueError where one is not finite."""
-    zeros, finite = jax.device_get(_count(weight))
-    if not finite:
-        raise ValueError(f"{where}: weights {otherwise}")
-    return int(zeros)
-
-
-@jax.jit
-def _count(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.sum(weight == 0, dtype=jnp.int32), jnp.all(jnp.isfinite(weight))
-
-
-def _report(params: Params, rows: list[MatrixReport], pattern: Pattern, sequences: int, seq_len: int) -> Report:
-    mlp = [row for row in rows if row.name.split(".", 2)[2] in MLP]
-    zeros = sum(row.zeros for row in rows)
-    return Report(str(pattern), sequences, seq_len, tuple(rows),
-                  mlp_sparsity=sum(row.zeros for row in mlp) / sum(row.weights for row in mlp),
-                  model_sparsity=zeros / model.count(params))  # fmt: skip

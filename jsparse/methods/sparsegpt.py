@@ -12,14 +12,16 @@ Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned 
     B                SparseGpt.block
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.config import check
-from jsparse.methods.patterns import NofM, Pattern, keep_largest
+from jsparse.methods.patterns import NofM, Pattern, Ratio, keep_largest
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,13 @@ class SparseGpt:
 
 
 def sparsegpt(
-    weight: jax.Array, hessian: jax.Array, pattern: Pattern, *, damp: float = 0.01, block: int = 128
+    weight: jax.Array,
+    hessian: jax.Array,
+    pattern: Pattern,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    parts: tuple[int, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """SparseGPT of one matrix: prunes from the first input to the last, and lets the later inputs make up for it.
 
@@ -44,6 +52,8 @@ def sparsegpt(
         pattern: N:M groups run along I; a ratio is met among the scores of each `block` of inputs.
         damp: raises H's diagonal by this share of its mean.
         block: inputs whose effect on later ones is applied at once. With N:M it changes nothing but speed.
+        parts: outputs of each of several matrices that stand side by side in W because they read the same inputs; a
+            ratio is met in each. None: W is one matrix.
 
     Returns:
         The new W, float32 [I, O], exactly 0 where pruned, and the mask, bool [I, O]. W is nan where the damped H is
@@ -52,38 +62,43 @@ def sparsegpt(
     inputs, outputs = weight.shape
     if isinstance(pattern, NofM):
         check(inputs % pattern.m == 0, "pattern", f"an input axis that {pattern.m} divides", inputs)
-    step = pattern.m if isinstance(pattern, NofM) else min(block, inputs)
-    block = max(step, min(block, inputs) // step * step)
+        step = pattern.m
+        block = max(step, min(block, inputs) // step * step)
+    else:
+        block = min(block, inputs)
+        step = math.gcd(block, 8)  # inputs that are worked off one by one; the rest of the block follows at once
     w, u = _eliminator(weight.astype(jnp.float32), hessian.astype(jnp.float32), damp)
     extra = -inputs % block
     w = jnp.pad(w, ((0, extra), (0, 0)))
     u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.pad(jnp.zeros(inputs), (0, extra), constant_values=1.0))
+    ends = np.cumsum(parts or (outputs,))[:-1]
 
-    def choose(scores: jax.Array, start: jax.Array) -> jax.Array:
-        if isinstance(pattern, NofM):
-            return keep_largest(scores, pattern, "input")
-        last = start + block > inputs  # padded: its scores beyond the inputs come last
+    def by_ratio(scores: jax.Array, start: jax.Array, share: Ratio) -> jax.Array:
+        """The mask of a block, [block, outputs of one matrix]. What is padded comes last and is not counted."""
         real = (start + jnp.arange(block) < inputs)[:, None]
-        at = jnp.where(last, pattern.pruned((block - extra) * outputs), pattern.pruned(block * outputs))
+        whole, rest = (share.pruned(rows * scores.shape[1]) for rows in (block, block - extra))
+        at = jnp.where(start + block > inputs, rest, whole)
         return scores > jnp.sort(jnp.where(real, scores, jnp.inf).reshape(-1))[at]
 
     def one_block(w: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jax.lax.dynamic_slice_in_dim(w, start, block)  # [block, O]
         u_rows = jax.lax.dynamic_slice_in_dim(u, start, block)  # [block, I]
         u_here = jax.lax.dynamic_slice_in_dim(u_rows, start, block, axis=1)
-        scale = jnp.diag(u_here)
+        scale = jnp.diag(u_here)[:, None]
+        chosen = jnp.zeros(rows.shape, bool)
+        if isinstance(pattern, Ratio):
+            scores = jnp.split((rows / scale) ** 2, ends, axis=1)
+            chosen = jnp.concatenate([by_ratio(part, start, pattern) for part in scores], axis=1)
 
         def one_group(rows: jax.Array, first: jax.Array) -> tuple[jax.Array, Any]:
-            group = jax.lax.dynamic_slice_in_dim(rows, first, step)
-            keep = choose((group / jax.lax.dynamic_slice_in_dim(scale, first, step)[:, None]) ** 2, start)
+            def cut(x: jax.Array, axis: int = 0) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, first, step, axis)
 
-            def one_row(rows: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
-                at, keep = row
-                error = jnp.where(keep, 0.0, rows[at]) / scale[at]
-                return rows - u_here[at][:, None] * error[None], error  # u_here is 0 for earlier rows
-
-            rows, errors = jax.lax.scan(one_row, rows, (first + jnp.arange(step), keep))
-            return rows, (keep, errors)
+            group, u_group = cut(rows), cut(u_here)  # [step, O], [step, block]
+            grouped = isinstance(pattern, NofM)
+            keep = keep_largest((group / cut(scale)) ** 2, pattern, "input") if grouped else cut(chosen)
+            errors = _errors(group, cut(u_group, 1), keep)
+            return rows - exact_dot(u_group.T, errors), (keep, errors)  # u is 0 for the rows before these
 
         rows, (keep, errors) = jax.lax.scan(one_group, rows, jnp.arange(0, block, step))
         keep, errors = keep.reshape(rows.shape), errors.reshape(rows.shape)
@@ -96,17 +111,35 @@ def sparsegpt(
     return w[:inputs], keep.reshape(w.shape)[:inputs]
 
 
+def _errors(group: jax.Array, u: jax.Array, keep: jax.Array) -> jax.Array:
+    """What each pruned weight loses, in units of U's diagonal, [step, O]: of a group [step, O], its U [step, step] and
+    its mask, one input after another."""
+
+    def one_row(left: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
+        at, keep = row
+        error = jnp.where(keep, 0.0, left[at]) / u[at, at]
+        return left - u[at][:, None] * error[None], error
+
+    steps = len(group)
+    return jax.lax.scan(one_row, group, (jnp.arange(steps), keep), unroll=min(steps, 8))[1]
+
+
 def _eliminator(w: jax.Array, h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
     """W without its dead inputs, and U upper triangular with H^-1 = U^T U: row i holds what removing input i, once the
-    earlier ones are gone, does to the later ones."""
+    earlier ones are gone, does to the later ones.
+
+    With H in reverse order L L^T, U is L^-1 in reverse order: H is never inverted, and factored once.
+    """
     dead = jnp.diag(h) == 0
     eye = jnp.eye(len(h))
     h = h + jnp.diag(dead.astype(jnp.float32))  # before the mean
     h = h + damp * jnp.mean(jnp.diag(h)) * eye
-    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(h), True), eye)
-    return jnp.where(dead[:, None], 0.0, w), jnp.linalg.cholesky(inverse).T
+    lower = jnp.linalg.cholesky(h[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+    return jnp.where(dead[:, None], 0.0, w), jnp.triu(inverse[::-1, ::-1])
 
 
 def exact_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 in earnest: accelerators would round the factors to fewer bits."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    """a @ b in float32. Of float32 in earnest, where accelerators would round the factors to fewer bits; products of
+    half-precision numbers are exact as they are."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

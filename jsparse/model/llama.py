@@ -248,6 +248,25 @@ class BlockTrace(NamedTuple):
     hidden: jax.Array  # [B, T, F] of down
 
 
+def run_attention(
+    layer: Params, x: jax.Array, config: LlamaConfig, attend: Attend = "auto"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first half of a block: x [B, T, D] to the residual stream [B, T, D] between attention and FFN, and the
+    `attention` and `heads` of `BlockTrace`."""
+    block = nnx.merge(_split(Block, config)[0], layer)
+    read = block.attention_norm(x)
+    heads, _ = block.attention.heads(read, _place(x[..., 0], None, None, config), None, attend)
+    return constrain(x + block.attention.project(heads), "batch", "sequence", None), read, heads
+
+
+def run_ffn(layer: Params, x: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The second half of a block: x [B, T, D] between attention and FFN to the residual stream [B, T, D] after the
+    block, and the `ffn` and `hidden` of `BlockTrace`."""
+    block = nnx.merge(_split(Block, config)[0], layer)
+    y, (read, hidden) = block.ffn(block.ffn_norm(x), config.activation, lambda trace: (trace.x, trace.hidden))
+    return constrain(x + y, "batch", "sequence", None), read, hidden
+
+
 def run_block(
     layer: Params, x: jax.Array, config: LlamaConfig, attend: Attend = "auto"
 ) -> tuple[jax.Array, BlockTrace]:
@@ -260,12 +279,9 @@ def run_block(
     Returns:
         The residual stream [B, T, D] after the block, and what its matrices read.
     """
-    block = nnx.merge(_split(Block, config)[0], layer)
-    place = _place(x[..., 0], None, None, config)
-    attention = block.attention_norm(x)
-    heads, _ = block.attention.heads(attention, place, None, attend)  # XLA finds it in the block's own pass again
-    y, _, ffn = block(x, config.activation, place, None, lambda trace: (trace.x, trace.hidden), attend)
-    return y, BlockTrace(attention, heads, *ffn)
+    x, *attention = run_attention(layer, x, config, attend)
+    x, *ffn = run_ffn(layer, x, config)
+    return x, BlockTrace(*attention, *ffn)
 
 
 def head(params: Params) -> jax.Array:

@@ -86,11 +86,13 @@ class Attention(nnx.Module):
         self, x: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with these tokens written to it."""
-        y, cache = self.heads(x, place, cache, attend)
-        y = jnp.einsum("BTNH,NHD->BTD", y, self.output[...])
-        if self.bias:
-            y = y + self.output_bias[None, None]
-        return y, cache
+        heads, cache = self.heads(x, place, cache, attend)
+        return self.project(heads), cache
+
+    def project(self, heads: jax.Array) -> jax.Array:
+        """The output projection: [B, T, N, H] -> [B, T, D]."""
+        y = jnp.einsum("BTNH,NHD->BTD", heads, self.output[...])
+        return y + self.output_bias[None, None] if self.bias else y
 
     def heads(
         self, x: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
