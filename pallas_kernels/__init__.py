@@ -7,5 +7,18 @@ file a backend. Nothing here knows of jsparse.
 from pallas_kernels.block_sparse_ffn import block_sparse_ffn
 from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
 from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
+from pallas_kernels.nm_matmul import PackedNM, nm_ffn, nm_matmul, pack, unpack
 
-__all__ = ["Activation", "PackedFFN", "Predictor", "block_sparse_ffn", "neuron_sparse_ffn", "pack_ffn"]
+__all__ = [
+    "Activation",
+    "PackedFFN",
+    "PackedNM",
+    "Predictor",
+    "block_sparse_ffn",
+    "neuron_sparse_ffn",
+    "nm_ffn",
+    "nm_matmul",
+    "pack",
+    "pack_ffn",
+    "unpack",
+]
