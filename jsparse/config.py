@@ -174,6 +174,29 @@ Rope = DefaultRope | LinearRope | DynamicRope | Llama3Rope | YarnRope | LongRope
 
 
 @dataclass(frozen=True)
+class Router:
+    """Sends every token through some blocks of an FFN's neurons only (LTE, arXiv 2402.06126).
+
+    A block is `block_size` consecutive neurons. Each layer has a router (a score of each block, linear in the FFN's
+    input) and a threshold, both parameters; mode "oracle" has the threshold alone. The threshold is a score, the
+    logistic function of the router's, in the modes soft and hard; in the others, but off, the share of blocks to drop.
+    """
+
+    block_size: int = 32
+    mode: Literal["hard", "soft", "top", "oracle", "softmax", "noisy_softmax", "off"] = "hard"
+    # hard: blocks whose score is above the threshold, unscaled (LTE, inference and stage 2)
+    # soft: all blocks, times their scores (LTE, stage 1)
+    # top: the blocks of the largest scores, unscaled (MoEfication's predictor; of single neurons, Deja Vu's)
+    # oracle: the blocks of the largest activations, known in hindsight (of single neurons: keep the largest)
+    # softmax: the blocks of the largest scores, times a softmax over these and their number (top-k routing)
+    # noisy_softmax: the same with noise on the scores, for training
+    # off: all blocks, as if there were no router; for training a predictor
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "block_size")
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a LLaMA-family model. Field names are Hugging Face's, where Hugging Face has one."""
 
@@ -195,6 +218,7 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    router: Router | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -207,6 +231,9 @@ class LlamaConfig:
             for name in ("short_factor", "long_factor"):
                 given = len(getattr(self.rope, name))
                 check(given == pairs, f"rope.{name}", f"{pairs} factors (head_dim / 2)", given)
+        if self.router is not None:
+            size, width = self.router.block_size, self.intermediate_size
+            check(width % size == 0, "router.block_size", f"a divisor of intermediate_size ({width})", size)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

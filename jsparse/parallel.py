@@ -22,6 +22,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
     "mlp": "tensor",
+    "blocks": "tensor",  # of neurons: no block is ever split
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",

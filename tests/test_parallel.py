@@ -94,7 +94,7 @@ def test_rules(logical, shape, sizes, expected):
     "logical, shape, message",
     [
         (P("embed"), (32, 4), "w: expected 1 axes ('embed',), got (32, 4)"),
-        (P("embd"), (32,), "w: unknown logical axis 'embd'; known: batch, embed, mlp, heads, kv_heads, vocab, "
+        (P("embd"), (32,), "w: unknown logical axis 'embd'; known: batch, embed, mlp, blocks, heads, kv_heads, vocab, "
                            "layers, sequence, head_dim, norm"),
         (P("vocab", "embed"), (67, 32), "mesh: w has 67 vocab, which tensor=2 does not divide"),
         (P("batch", "sequence"), (6, 8), "mesh: w has 6 batch, which ('data', 'fsdp')=4 does not divide"),

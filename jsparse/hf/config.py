@@ -134,6 +134,7 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
     found["head_dim"] = head_dim
     found["activation"] = _read_activation(_pop(rest, "hidden_act", "silu"), _pop(rest, "hidden_act_param", None))
     found["rope"] = _read_rope(rest, found["max_position_embeddings"])
+    found["router"] = rest.pop("router", None)
     config = configs.from_dict(LlamaConfig, found)
     _check_rest(rest)
     if isinstance(config.rope, configs.LongRope):
@@ -261,7 +262,7 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         if not isinstance(config.activation, FatRelu):
             able.insert(0, "llama")
     even = config.hidden_size % config.num_attention_heads == 0
-    if not even:  # transformers' LlamaConfig refuses it, head_dim or not
+    if not even or config.router is not None:  # transformers' LlamaConfig refuses it, head_dim or not
         able = ["jsparse"]
     if wanted == "auto":
         return able[0]
@@ -269,8 +270,11 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         if name == wanted:
             return name
     check(wanted in ARCHITECTURES, "format", f"auto or one of {', '.join(ARCHITECTURES)}", wanted)
-    reason = f"hidden_act {config.activation}" if even else (
-        f"hidden_size {config.hidden_size} with {config.num_attention_heads} heads")  # fmt: skip
+    reason = f"hidden_act {config.activation}"
+    if not even:
+        reason = f"hidden_size {config.hidden_size} with {config.num_attention_heads} heads"
+    if config.router is not None:
+        reason = "routers"
     raise ConfigError(f"format {wanted!r} cannot hold {reason}; formats that can: {', '.join(able)}")
 
 
@@ -291,5 +295,6 @@ def to_hf(config: LlamaConfig, format: Format, dtype: str) -> dict[str, Any]:
         **{field: plain[field] for field in fields},
         **_write_activation(config),
         "rope_parameters": _write_rope(config),
+        **({"router": plain["router"]} if config.router else {}),
         "dtype": dtype,
     }

@@ -40,8 +40,8 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tu
 
     Args:
         path: a Hugging Face folder: config.json and safetensors, in one file or sharded.
-        dtype: to convert to; float32 islands (norms, thresholds) become float32. By default every tensor keeps the
-            dtype it is stored in, bit for bit.
+        dtype: to convert to; float32 islands (norms, thresholds, routers) become float32. By default every tensor
+            keeps the dtype it is stored in, bit for bit.
         mesh: where to put the parameters, sharded by the rules of `jsparse.parallel`; by default the first device.
 
     Returns:
@@ -124,7 +124,7 @@ def _read(leaf: Leaf, sources: list[Stored], dtype: np.dtype, cuts: tuple[slice,
 
     def fill(job: tuple[int, slice]) -> None:
         layer, part = job
-        target = leaf.layout.view(out[layer - layers.start] if leaf.stacked else out)
+        target = leaf.layout.view(out[layer - layers.start, ...] if leaf.stacked else out)
         values = sources[layer].read((part, *columns)).astype(dtype, copy=False)
         copy(target[part.start - rows.start : part.stop - rows.start], values)
 
@@ -175,7 +175,7 @@ def save(
         config: of the model.
         params: its parameters, stacked or unstacked, sharded or not, of any dtypes that safetensors knows.
         tokenizer: a folder whose tokenizer files and generation_config.json are copied byte for byte.
-        dtype: of every tensor written but thresholds, which stay float32. By default each keeps its own.
+        dtype: of every tensor written but thresholds and routers, which stay float32. By default each keeps its own.
         format: "llama" (any runtime loads it), "sparsellama" (FATReLU, as ProSparse's authors publish it), "jsparse"
             (everything; the last two bring a PyTorch file, so transformers wants `trust_remote_code=True`) or "auto",
             the first of these that holds the model.
@@ -279,7 +279,7 @@ def _outgoing(config: LlamaConfig, params: model.Params, dtype: Any) -> dict[str
         for i, name in enumerate(leaf.names):
             value, layer = _pick(params, leaf, i)
             target = np.dtype(value.dtype) if dtype is None else to_dtype(dtype)
-            if leaf.path[-1] == "threshold":
+            if leaf.path[-1] in ("threshold", "router", "router_threshold"):
                 target = np.dtype(np.float32)
             check(target in DTYPES.values(), f"dtype of {name}", f"one of {', '.join(DTYPES)}", target.name)
             rows = functools.partial(_rows, value, layer, leaf, target)
@@ -317,6 +317,9 @@ def _pick(params: model.Params, leaf: Leaf, i: int) -> tuple[Any, int | None]:
 
 def _rows(value: Any, layer: int | None, leaf: Leaf, dtype: np.dtype) -> Iterator[np.ndarray]:
     """A tensor in Hugging Face's layout, in pieces of consecutive rows, on the host."""
+    if not leaf.shape:
+        yield np.asarray(value if layer is None else value[layer]).astype(dtype).reshape(1)
+        return
     axis = leaf.layout.ours.index(leaf.layout.theirs[0][0])
     size = leaf.shape[axis]
     for cut in pieces(slice(0, size), int(np.prod(leaf.shape)) // size * value.dtype.itemsize):

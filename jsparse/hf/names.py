@@ -39,6 +39,8 @@ BLOCK = {
     "ffn.up_bias":           ("mlp.up_proj.bias",                "F"),
     "ffn.down_bias":         ("mlp.down_proj.bias",              "D"),
     "ffn.threshold":         ("mlp.threshold",                   "F"),  # CETT; ours, no runtime but ours knows it
+    "ffn.router":            ("mlp.router.weight",               "D E -> E D"),  # ours too
+    "ffn.router_threshold":  ("mlp.router_threshold",            " -> ()"),  # a number; there a vector of one
 }
 # fmt: on
 
@@ -48,7 +50,8 @@ HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes of a tensor here and there. Brackets join axes into one: "D N H -> (N H) D"."""
+    """The axes of a tensor here and there. Brackets join axes into one, "D N H -> (N H) D"; none at all, of a number,
+    into one of size 1: " -> ()"."""
 
     ours: tuple[str, ...]
     theirs: tuple[tuple[str, ...], ...]
@@ -74,12 +77,12 @@ class Layout:
         sizes = dict(zip(self.ours, ours, strict=True))
         cuts = {a: s.indices(sizes[a])[:2] for a, s in zip(self.ours, index, strict=True)}
         slices = []
-        for first, *rest in self.theirs:
+        for first, *rest in filter(None, self.theirs):
             if any(cuts[a] != (0, sizes[a]) for a in rest):
                 raise ValueError(f"axes {rest} cannot be sharded: Hugging Face joins them with {first}")
             inner = int(np.prod([sizes[a] for a in rest]))
             slices.append(slice(cuts[first][0] * inner, cuts[first][1] * inner))
-        return tuple(slices)
+        return tuple(slices) or (slice(0, 1),)
 
 
 @dataclass(frozen=True)

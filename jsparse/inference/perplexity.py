@@ -30,6 +30,8 @@ class Evaluation:
     seq_len: int  # tokens a window shows, BOS included
     stride: int  # text tokens between the starts of windows
     bos: int | None  # put in front of every window
+    block_sparsity: tuple[float, ...] = ()  # [L], share of blocks that the routers leave out; empty without routers
+    no_block: tuple[float, ...] = ()  # [L], share of the predicting positions whose every block is left out
 
 
 def evaluate(
@@ -63,17 +65,20 @@ def evaluate(
         ConfigError: tokens, seq_len, stride or bos do not fit the model or each other.
     """
     windows = Windows(tokens, config, seq_len, stride, bos)
-    total, counted, zeros, active = 0.0, 0, np.array(0), None
+    total, counted, zeros, blocks, active = 0.0, 0, np.array(0), np.array(0), None
     for done, batch in windows.batches(batch_size):
         found = jax.device_get(measure(params, batch, config, threshold))
         total += float(np.sum(found.nll, dtype=np.float64))
         counted += int(batch.counted.sum())
         zeros = zeros + np.array([np.sum(z, dtype=np.int64) for z in found.zeros])
+        blocks = blocks + np.array([np.sum(b, axis=0, dtype=np.int64) for b in found.blocks])  # [L, 2]
         active = [a | b for a, b in zip(active or found.active, found.active, strict=True)]
         if progress:
             progress(done, windows.count)
     assert active is not None  # there is always a window
     neurons = tuple(len(a) for a in active)
+    per_token = [] if config.router is None else (blocks / counted).tolist()  # blocks left out, and none left
+    size = 0 if config.router is None else config.router.block_size
     return Evaluation(
         perplexity=exp(total / counted),
         loss=total / counted,
@@ -85,6 +90,8 @@ def evaluate(
         seq_len=seq_len,
         stride=windows.stride,
         bos=bos,
+        block_sparsity=tuple(off * size / f for (off, _), f in zip(per_token, neurons, strict=False)),
+        no_block=tuple(none for _, none in per_token),
     )
 
 
@@ -94,6 +101,7 @@ class Measurement(NamedTuple):
     nll: jax.Array  # float32 [B], summed over T
     zeros: list[jax.Array]  # int32 [B] of each layer: exact zeros of x1, summed over T and F
     active: list[jax.Array]  # bool [F] of each layer: neurons that are anywhere not zero
+    blocks: list[jax.Array]  # int32 [B, 2] of each layer: blocks left out, and positions without any block
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -103,14 +111,21 @@ def measure(params: Params, batch: Batch, config: LlamaConfig, threshold: Any = 
         config = dataclasses.replace(config, activation=with_threshold(config.activation, threshold))
     inputs, targets, counted = batch
 
-    def probe(trace: FFNTrace) -> tuple[jax.Array, jax.Array]:
+    def probe(trace: FFNTrace) -> tuple[jax.Array, ...]:
         zero = trace.hidden == 0  # [B, T, F]
         zeros = jnp.sum(zero & counted[..., None], axis=(1, 2), dtype=jnp.int32)
-        return zeros, jnp.any(~zero & counted[..., None], axis=(0, 1))
+        found = zeros, jnp.any(~zero & counted[..., None], axis=(0, 1))
+        if trace.factors is None:
+            return found
+        off = trace.factors == 0  # [B, T, E]
+        left_out = jnp.sum(off & counted[..., None], axis=(1, 2), dtype=jnp.int32)
+        without = jnp.sum(jnp.all(off, axis=-1) & counted, axis=1, dtype=jnp.int32)
+        return *found, jnp.stack([left_out, without], axis=-1)
 
     x, aux, _ = trunk(params, inputs, config, probe=probe)
     losses = by_chunks(lambda x, targets: nll(logits(x, params), targets), x, targets)
     if isinstance(params["layers"], dict):
-        aux = [(zeros, active) for zeros, active in zip(*aux, strict=True)]
-    zeros, active = zip(*aux, strict=True)
-    return replicated(Measurement(jnp.sum(losses, axis=1, where=counted), list(zeros), list(active)))
+        aux = list(zip(*aux, strict=True))
+    zeros, active, *blocks = zip(*aux, strict=True)
+    return replicated(Measurement(jnp.sum(losses, axis=1, where=counted), list(zeros), list(active),
+                                  list(*blocks)))  # fmt: skip

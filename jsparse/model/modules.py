@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jsparse.config import Activation, Cats, Cett, FatRelu, Gelu, LlamaConfig, Relu, ShiftedRelu, Silu
-from jsparse.model import rope
+from jsparse.model import rope, routing
 from jsparse.parallel import constrain
 
 Attend = Literal["auto", "xla", "cudnn"]
@@ -149,9 +149,11 @@ class FFNTrace(NamedTuple):
 
     x: jax.Array  # [B, T, D] input
     gate: jax.Array  # [B, T, F] pre-activation (x W_s)
-    hidden: jax.Array  # [B, T, F] act(gate) * up (x1)
+    hidden: jax.Array  # [B, T, F] act(gate) * up (x1), times the blocks' factors where there is a router
     output: jax.Array  # [B, T, D]
     params: Any  # the layer's FFN parameters
+    logits: jax.Array | None = None  # float32 [B, T, E] of the router, before the logistic function
+    factors: jax.Array | None = None  # float32 [B, T, E] of the blocks: scores, or 0 and 1 (`routing.gates`)
 
 
 Probe = Callable[[FFNTrace], Any]  # statistics of one layer; the forward pass stacks them over L
@@ -199,6 +201,13 @@ class FFN(nnx.Module):
             self.down_bias = param(rngs, (d,), ("norm",), zeros)
         if isinstance(config.activation, Cett):
             self.threshold = param(rngs, (f,), ("mlp",), zeros, island=True)
+        self.routing = config.router
+        if config.router is not None:
+            if config.router.mode != "oracle":
+                blocks = f // config.router.block_size
+                self.router = param(rngs, (d, blocks), ("embed", "blocks"), zeros, island=True)
+            half = jax.nn.initializers.constant(0.5)
+            self.router_threshold = param(rngs, (), (), half, island=True)
 
     def __call__(self, x: jax.Array, activation: Activation, probe: Probe | None) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> [B, T, D], and what the probe makes of the intermediates.
@@ -211,17 +220,38 @@ class FFN(nnx.Module):
             gate = gate + self.gate_bias[None, None]
             up = up + self.up_bias[None, None]
         gate = constrain(gate, "batch", "sequence", "mlp")
-        hidden = activate(activation, gate) * up
-        if isinstance(activation, Cett):
-            kept = jnp.abs(hidden).astype(jnp.float32) >= self.threshold[None, None]
-            hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
+        hidden = self._x1(gate, up, activation)
+        logits = factors = None
+        if self.routing is not None:
+            logits, factors = self._route(x, hidden)
+            # Under `checkpoint` the backward pass makes x1 from gate and up again instead of keeping one more array.
+            size = self.routing.block_size
+            weigh = lambda gate, up, factors: routing.scale(self._x1(gate, up, activation), factors, size)
+            hidden = jax.checkpoint(weigh, prevent_cse=False)(gate, up, factors)
         y = jnp.einsum("BTF,FD->BTD", hidden, self.down[...])
         if self.bias:
             y = y + self.down_bias[None, None]
         if probe is None:
             return y, None
         weights = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-        return y, probe(FFNTrace(x, gate, hidden, y, weights))
+        return y, probe(FFNTrace(x, gate, hidden, y, weights, logits, factors))
+
+    def _x1(self, gate: jax.Array, up: jax.Array, activation: Activation) -> jax.Array:
+        hidden = activate(activation, gate) * up
+        if isinstance(activation, Cett):
+            kept = jnp.abs(hidden).astype(jnp.float32) >= self.threshold[None, None]
+            hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
+        return hidden
+
+    def _route(self, x: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits and factors of the blocks, float32 [B, T, E] each."""
+        assert self.routing is not None
+        if self.routing.mode == "oracle":
+            logits = routing.block_sums(hidden, self.routing.block_size)
+        else:
+            logits = routing.router_logits(x, self.router[...])
+        logits = constrain(logits, "batch", "sequence", "blocks")
+        return logits, routing.gates(self.routing, logits, self.router_threshold[...])
 
 
 class Block(nnx.Module):
