@@ -447,6 +447,14 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """What is 0 in the blocks' matrices stays 0: recovery training of a pruned model."""
+
+    pattern: str | None = None  # N:M, or a share such as 0.5, that the starting model must have
+    scope: Literal["mlp", "all"] = "mlp"  # whose matrices must have it: the MLP's, or attention's too
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
@@ -489,6 +497,7 @@ class TrainConfig:
     method: Method = Dense()
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: Distill | None = None
+    hold: Hold | None = None  # keeps the zeros of a pruned model
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

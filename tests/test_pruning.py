@@ -15,10 +15,20 @@ from jsparse import model, parallel
 from jsparse.config import ConfigError, MeshConfig
 from jsparse.methods import dass
 from jsparse.methods.dass import Dass
-from jsparse.methods.patterns import NofM, Ratio, check_pattern, hold, keep_largest, parse_pattern
-from jsparse.methods.pruning import (
+from jsparse.methods.patterns import (
     ATTENTION,
     MLP,
+    NofM,
+    Ratio,
+    check_claim,
+    check_pattern,
+    hold,
+    keep_largest,
+    observe,
+    parse_pattern,
+    shares,
+)
+from jsparse.methods.pruning import (
     Magnitude,
     Ria,
     Stats,
@@ -422,6 +432,29 @@ def test_check_names_the_first_broken_group():
         check_pattern(random_params(CONFIG), Ratio(0.5), {"ffn.down": "input"})
 
 
+def test_claims_and_what_zeros_make():
+    """A claim without axes holds along either; the broken group is named along the axis that was meant."""
+    params, _, report = pruned(Dass(), Wanda(), NofM(2, 4))
+    rows = observe(params)
+    assert {(row.name.split(".", 2)[2], row.pattern) for row in rows} == {
+        (name, f"2:4 {axis}") for name, axis in axes(Dass(), Wanda(), NofM(2, 4)).items()
+    }
+    assert shares(rows, params) == (report.mlp_sparsity, report.model_sparsity)
+    assert observe(model.unstack(params)) == rows
+    assert {row.pattern for row in observe(pruned(Magnitude(), Magnitude(), Ratio(0.5))[0])} == {None}
+    check_claim(params, NofM(2, 4), MLP + ATTENTION)
+    check_claim(pruned(Magnitude(), Magnitude(), Ratio(0.5))[0], Ratio(0.5))
+    gate = params["layers"]["ffn"]["gate"].at[1, 3, 8:12].set(1.0)
+    broken = params | {"layers": params["layers"] | {"ffn": params["layers"]["ffn"] | {"gate": gate}}}
+    told = r"layers\.1\.ffn\.gate: pattern 2:4: input 3, outputs 8 to 11, keeps 4, expected 2"
+    with pytest.raises(ValueError, match=told):
+        check_claim(broken, NofM(2, 4))
+    with pytest.raises(ValueError, match=r"layers\.0\.ffn\.gate: pattern 0\.7: .* keeps \d+, expected"):
+        check_claim(params, Ratio(0.7))
+    with pytest.raises(ConfigError, match=r"layers\.0\.ffn\.gate: pattern 2:5: expected an input axis that 5 divides"):
+        check_claim(params, NofM(2, 5))
+
+
 def test_hold_keeps_zeros_through_training():
     params, masks, _ = pruned(Dass(), None, NofM(2, 4))
     ids = tokens(CONFIG, 2, 8)
@@ -502,7 +535,7 @@ def test_remainders_are_refused_or_skipped():
     params, ids = random_params(CONFIG), tokens(CONFIG, 2, 8)
     with pytest.raises(ConfigError, match=r"layers\.0\.ffn\.down: pattern 2:32: expected an input axis .* got 48"):
         prune(params, CONFIG, ids, pattern=NofM(2, 32), mlp=Wanda())
-    got, masks, report = prune(params, CONFIG, ids, pattern=NofM(2, 32), mlp=Wanda(), remainder="skip")
+    got, _, report = prune(params, CONFIG, ids, pattern=NofM(2, 32), mlp=Wanda(), remainder="skip")
     assert report.skipped == ("layers.0.ffn.down", "layers.1.ffn.down")
     np.testing.assert_array_equal(got["layers"]["ffn"]["down"], params["layers"]["ffn"]["down"])
     assert (np.asarray(got["layers"]["ffn"]["up"]) == 0).mean() == 30 / 32

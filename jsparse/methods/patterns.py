@@ -93,6 +93,10 @@ def _rank(scores: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+MLP = ("ffn.gate", "ffn.up", "ffn.down")
+ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.output")
+
+
 def get(tree: Any, name: str) -> Any:
     """A block's leaf by its name."""
     part, leaf = name.split(".")
@@ -138,9 +142,9 @@ def check_divides(shape: tuple[int, ...], where: str, axis: Axis, pattern: Patte
 class Broken(NamedTuple):
     """What a matrix says to a claimed pattern; scalars."""
 
-    groups: jax.Array  # int32, that break it
-    first: jax.Array  # int32, the first of them
-    keeps: jax.Array  # int32, entries that it keeps
+    excess: jax.Array  # int32, entries kept beyond the pattern, or short of it, over all groups
+    first: jax.Array  # int32, the first group that breaks it
+    keeps: jax.Array  # int32, entries that this group keeps
 
 
 def find_broken(weight: jax.Array, pattern: Pattern, axis: Axis) -> Broken:
@@ -152,9 +156,9 @@ def find_broken(weight: jax.Array, pattern: Pattern, axis: Axis) -> Broken:
     size, limit = _limit(weight.shape, pattern, axis)
     kept = jnp.sum(lines.reshape(-1, size).astype(bool), axis=-1, dtype=jnp.int32)
     exact = weight.dtype == bool and isinstance(pattern, NofM)
-    broken = (kept != limit) if exact else (kept > limit)
-    first = jnp.argmax(broken).astype(jnp.int32)
-    return Broken(jnp.sum(broken, dtype=jnp.int32), first, kept[first])
+    excess = jnp.abs(kept - limit) if exact else jnp.maximum(kept - limit, 0)
+    first = jnp.argmax(excess > 0).astype(jnp.int32)
+    return Broken(jnp.sum(excess, dtype=jnp.int32), first, kept[first])
 
 
 def describe_broken(broken: Broken, shape: tuple[int, int], pattern: Pattern, axis: Axis) -> str:
@@ -193,7 +197,7 @@ def check_pattern(tree: Any, pattern: Pattern, axes: Mapping[str, Axis]) -> None
         check_divides(shape, where, axes[name], pattern)
         found.append((where, shape, axes[name], _find_broken(x, layer, name, pattern, axes[name])))
     for where, shape, axis, broken in jax.device_get(found):  # all are on their way before the first is read
-        if broken.groups:
+        if broken.excess:
             raise ValueError(f"{where}: {describe_broken(broken, joined(shape, where), pattern, axis)}")
 
 
@@ -210,6 +214,81 @@ def each_matrix(tree: Any, names: Iterable[str]) -> Iterator[tuple[str, str, Any
 @functools.partial(jax.jit, static_argnames=("name", "pattern", "axis"))
 def _find_broken(x: jax.Array, layer: Any, name: str, pattern: Pattern, axis: Axis) -> Broken:
     return find_broken(matrix(x if layer is None else x[layer], name), pattern, axis)
+
+
+def check_claim(params: Any, pattern: Pattern, names: Iterable[str] = MLP) -> None:
+    """Raises ValueError for the first group that breaks a pattern, where nobody says along what the groups run.
+
+    A matrix keeps a claim that holds along its inputs, along its outputs or, of a ratio, over the whole of it. Of one
+    that does not, the axis along which least is missing is the one that is spoken of.
+    """
+    axes: tuple[Axis, ...] = ("input", "output") if isinstance(pattern, NofM) else ("input", "output", "matrix")
+    found = []
+    for where, name, x, layer in each_matrix(params, names):
+        shape = x.shape if layer is None else x.shape[1:]
+        fitting = [axis for axis in axes if divides(shape, name, axis, pattern)]
+        if not fitting:
+            check_divides(shape, where, axes[0], pattern)
+        found.append((where, shape, {axis: _find_broken(x, layer, name, pattern, axis) for axis in fitting}))
+    for where, shape, by_axis in jax.device_get(found):
+        axis, broken = min(by_axis.items(), key=lambda item: item[1].excess)
+        if broken.excess:
+            raise ValueError(
+                f"{where}: pattern {pattern}: {describe_broken(broken, joined(shape, where), pattern, axis)}"
+            )
+
+
+@dataclass(frozen=True)
+class MatrixZeros:
+    """What zeros a matrix has."""
+
+    name: str  # as in `layers.0.ffn.gate`
+    weights: int
+    zeros: int
+    pattern: str | None  # the N:M that they make, if one, and along what: "2:4 input"
+
+
+GROUPS = (2, 4, 8, 16, 32)  # group sizes that `observe` looks for
+
+
+def observe(params: Any) -> tuple[MatrixZeros, ...]:
+    """The zeros of the blocks' matrices, and the exact N:M pattern that they make where they make one: no group keeps
+    more than N, and the matrix has no more zeros, by more than a hundredth, than that asks for."""
+    found = []
+    for where, name, x, layer in each_matrix(params, MLP + ATTENTION):
+        size = x.size if layer is None else x.size // x.shape[0]
+        found.append((where, size, _observe(x, layer, name)))
+    rows = []
+    for where, size, (zeros, most) in jax.device_get(found):
+        exact = (f"{n}:{m} {axis}" for (m, axis), n in most.items() if 0 < n < m and zeros / size - 1 + n / m < 0.01)
+        rows.append(MatrixZeros(where, size, int(zeros), next(exact, None)))
+    return tuple(rows)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _observe(x: jax.Array, layer: Any, name: str) -> tuple[jax.Array, dict[tuple[int, str], jax.Array]]:
+    """Zeros, and the most that any group of M keeps, by M and axis."""
+    kept = matrix(x if layer is None else x[layer], name) != 0
+    most = {}
+    for m in GROUPS:
+        for axis, lines in (("input", kept.T), ("output", kept)):
+            if lines.shape[1] % m == 0:
+                most[m, axis] = jnp.max(jnp.sum(lines.reshape(-1, m), axis=1, dtype=jnp.int32))
+    return jnp.sum(~kept, dtype=jnp.int32), most
+
+
+def shares(rows: Iterable[Any], params: Any) -> tuple[float, float]:
+    """The zeros of rows with a `name` and `zeros`, as a share of the MLPs' weights (of the rows that are theirs) and of
+    all parameters; `params` may be shapes alone."""
+    zeros = {row.name: row.zeros for row in rows}
+    mlp = sum(n for name, n in zeros.items() if name.split(".", 2)[2] in MLP)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    mlp_size = sum(x.size for path, x in leaves if _name(path) in MLP)
+    return mlp / mlp_size, sum(zeros.values()) / sum(x.size for _, x in leaves)
+
+
+def _name(path: Any) -> str:
+    return ".".join(str(getattr(key, "key", "")) for key in path[-2:])
 
 
 def hold(masks: Any) -> optax.GradientTransformation:
@@ -240,6 +319,22 @@ def hold(masks: Any) -> optax.GradientTransformation:
         return jax.tree.map(held, masks, updates, is_leaf=_is_none), state
 
     return optax.GradientTransformation(init, update)
+
+
+def hold_zeros() -> optax.GradientTransformation:
+    """Keeps at 0 what is 0 in the blocks' matrices: `hold` without masks, which are read off the parameters.
+
+    The first link of a chain, so that what is held counts neither in a norm nor in moments; an optimizer whose update
+    of a weight 0 with gradients 0 is 0, as Adam's with weight decay is, then leaves it there.
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        def held(path: Any, x: Any, weight: Any) -> Any:
+            return jnp.where(weight != 0, x, jnp.zeros((), x.dtype)) if _name(path) in MLP + ATTENTION else x
+
+        return jax.tree_util.tree_map_with_path(held, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _is_none(x: Any) -> bool:

@@ -37,6 +37,8 @@ from jsparse.config import LlamaConfig, check
 from jsparse.methods import dass
 from jsparse.methods.dass import Dass
 from jsparse.methods.patterns import (
+    ATTENTION,
+    MLP,
     Axis,
     Broken,
     NofM,
@@ -50,6 +52,7 @@ from jsparse.methods.patterns import (
     keep_largest,
     matrix,
     replace,
+    shares,
 )
 from jsparse.methods.sparsegpt import SparseGpt, exact_dot, sparsegpt
 from jsparse.model import Params
@@ -81,9 +84,6 @@ class Ria:
 
 Method = Dass | Wanda | SparseGpt | Magnitude | Ria
 METHODS: dict[str, type[Method]] = {kind.type: kind for kind in (Dass, Wanda, SparseGpt, Magnitude, Ria)}
-
-MLP = ("ffn.gate", "ffn.up", "ffn.down")
-ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.output")
 
 _READS = {  # the field of `BlockTrace` that a matrix reads
     "ffn.gate": "ffn", "ffn.up": "ffn", "ffn.down": "hidden", "attention.query": "attention",
@@ -403,7 +403,7 @@ def _rows(
             raise ValueError(f"{where}: weights are not finite before pruning")
         if not found.finite:
             raise ValueError(f"{where}: weights are not finite after pruning: more damping may help")
-        if found.broken.groups:
+        if found.broken.excess:
             raise ValueError(f"{where}: {describe_broken(found.broken, joined(shape, name), pattern, axis)}")
         size = weights[name].size
         rows.append(MatrixReport(where, method.type, axis, size, int(found.zeros), dead[field] if field else 0))
@@ -546,16 +546,7 @@ def report(
     tokens: ArrayLike | None,
 ) -> Report:
     sequences, seq_len = np.shape(tokens) if stream else (0, 0)  # type: ignore[arg-type, misc]
-    mlp = [row.zeros for row in rows if row.name.split(".", 2)[2] in MLP]
-    zeros = sum(row.zeros for row in rows)
-    return Report(str(pattern), sequences, seq_len, tuple(rows), skipped, sum(mlp) / mlp_weights(config),
-                  zeros / model.count(model.abstract(config)))  # fmt: skip
-
-
-def mlp_weights(config: LlamaConfig) -> int:
-    """How many weights gate, up and down of all layers have."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract(config)["layers"])
-    return sum(x.size for path, x in leaves if ".".join(key.key for key in path[-2:]) in MLP)
+    return Report(str(pattern), sequences, seq_len, tuple(rows), skipped, *shares(rows, model.abstract(config)))
 
 
 @jax.jit

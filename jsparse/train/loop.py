@@ -30,9 +30,10 @@ from jax.sharding import Mesh
 
 from jsparse import config as configs
 from jsparse import hf, model, parallel
-from jsparse.config import Cett, ConfigError, LlamaConfig, PaperCodeL1, ProSparse, Source, TrainConfig, check
+from jsparse.config import Cett, ConfigError, Hold, LlamaConfig, PaperCodeL1, ProSparse, Source, TrainConfig, check
 from jsparse.data import Batch, Loader, Store, open_source
 from jsparse.inference.perplexity import evaluate
+from jsparse.methods.patterns import ATTENTION, MLP, check_claim, observe, parse_pattern
 from jsparse.model import Params
 from jsparse.train import checkpoint, console, state
 from jsparse.train.checkpoint import Checkpoints
@@ -107,6 +108,7 @@ def train(config: TrainConfig) -> Summary:
                 now = checkpoints.restore(start, abstract)
             else:
                 now = state.create(starting_params(config, model_config, mesh), config, model_config, mesh)
+                check_held(now.params, config.hold)
             teacher_config, *teacher = load_teacher(config, model_config, mesh)
         if jax.process_index() == 0:
             checkpoint.write(run / "config.yaml", configs.dump(config))
@@ -213,7 +215,22 @@ def check_recipe(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> 
     if isinstance(config.method, ProSparse):
         check(makes_zeros(model_config.activation), "model.activation",
               "one that makes zeros, such as relu, for method prosparse", model_config.activation.type)  # fmt: skip
+    if config.hold is not None and config.hold.pattern is not None:
+        parse_pattern(config.hold.pattern)
     learning_rate(config.optimizer, config.steps)
+
+
+def check_held(params: Params, hold: Hold | None) -> None:
+    """Raises ConfigError where the starting model has no zeros to hold, or not those of the claimed pattern."""
+    if hold is None:
+        return
+    zeros = sum(row.zeros for row in observe(params))
+    check(zeros > 0, "hold", "a starting model with zeros in its blocks' matrices", zeros)
+    if hold.pattern is not None:
+        try:
+            check_claim(params, parse_pattern(hold.pattern), MLP if hold.scope == "mlp" else MLP + ATTENTION)
+        except ValueError as error:
+            raise ConfigError(f"hold.pattern: {error}") from None
 
 
 def check_sharded(config: TrainConfig, params: Params, mesh: Mesh) -> None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from jsparse import model
-from jsparse.config import ConstantLr, CosineLr, LlamaConfig, OptimizerConfig, WsdLr, check
+from jsparse.config import ConstantLr, CosineLr, Hold, LlamaConfig, OptimizerConfig, WsdLr, check
+from jsparse.methods.patterns import hold_zeros
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -44,13 +45,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def make_optimizer(config: OptimizerConfig, model_config: LlamaConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, model_config: LlamaConfig, hold: Hold | None = None
+) -> optax.GradientTransformation:
     """AdamW without its learning rate: gradients, clipped by global norm, to the direction that -lr multiplies.
 
     The learning rate stays outside because it belongs to the run's step, which also counts skipped steps; the moments'
-    own count, which corrects their bias, does not.
+    own count, which corrects their bias, does not. Held zeros have no gradient to begin with, so that they count
+    neither in the norm nor in the moments.
     """
     return optax.chain(
+        *([] if hold is None else [hold_zeros()]),
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(model_config)),

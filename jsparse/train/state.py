@@ -29,7 +29,7 @@ class TrainState:
 
 def create(params: Params, config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> TrainState:
     """The state before step 1, made in place on the shards. Takes over the buffers of `params`."""
-    optimizer = make_optimizer(config.optimizer, model_config)
+    optimizer = make_optimizer(config.optimizer, model_config, config.hold)
     out = shardings(config, model_config, mesh)
     init = jax.jit(lambda p: _init(p, optimizer, config.method), out_shardings=out, donate_argnums=0)
     return init(jax.device_put(params, out.params))
@@ -48,7 +48,7 @@ def shardings(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> Tra
     shapes = _shapes(config, model_config)
     params = model.shardings(model_config, mesh)
     moments = optax.tree.map_params(
-        make_optimizer(config.optimizer, model_config),
+        make_optimizer(config.optimizer, model_config, config.hold),
         lambda _, sharding: sharding,
         shapes.opt_state,
         params,
@@ -59,7 +59,7 @@ def shardings(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> Tra
 
 
 def _shapes(config: TrainConfig, model_config: LlamaConfig) -> TrainState:
-    optimizer = make_optimizer(config.optimizer, model_config)
+    optimizer = make_optimizer(config.optimizer, model_config, config.hold)
     return jax.eval_shape(lambda p: _init(p, optimizer, config.method), model.abstract(model_config))
 
 

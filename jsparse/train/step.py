@@ -47,7 +47,7 @@ def make_step(
     with a penalty `penalty` (as added to the loss), `penalty_weight` and `penalty_ratio` (penalty / loss); with a
     teacher `kl` (nats a token).
     """
-    optimizer = make_optimizer(config.optimizer, model_config)
+    optimizer = make_optimizer(config.optimizer, model_config, config.hold)
     lr_of = learning_rate(config.optimizer, config.steps)
     weight = train_state.weight(config.method)
     penalty = config.method.penalty if isinstance(config.method, ProSparse) else None
