@@ -197,6 +197,27 @@ class Router:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """Widths of one layer of a searched subnet (`jsparse.methods.search`)."""
+
+    intermediate_size: int  # F
+    value_dim: int  # head dim of values and of what the output projection reads
+    # of each key-value head: the RoPE pairs that its keys and its group's queries keep, as indices below head_dim / 2,
+    # equally many for each; None: all
+    rope_pairs: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "intermediate_size", "value_dim")
+        for pairs in self.rope_pairs or ():
+            good = 0 < len(pairs) == len(self.rope_pairs[0]) and list(pairs) == sorted(set(pairs)) and pairs[0] >= 0
+            check(good, "rope_pairs", "rising indices, equally many for each key-value head", self.rope_pairs)
+
+    def query_dim(self, config: "LlamaConfig") -> int:
+        """Head dim of queries and keys, in a model of this config."""
+        return config.head_dim if self.rope_pairs is None else 2 * len(self.rope_pairs[0])
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a LLaMA-family model. Field names are Hugging Face's, where Hugging Face has one."""
 
@@ -219,6 +240,8 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
     router: Router | None = None
+    # of a searched subnet, whose layers differ in width; the softmax's scale and RoPE stay those of head_dim
+    layers: tuple[LayerShape, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -232,8 +255,32 @@ class LlamaConfig:
                 given = len(getattr(self.rope, name))
                 check(given == pairs, f"rope.{name}", f"{pairs} factors (head_dim / 2)", given)
         if self.router is not None:
-            size, width = self.router.block_size, self.intermediate_size
-            check(width % size == 0, "router.block_size", f"a divisor of intermediate_size ({width})", size)
+            size = self.router.block_size
+            for width in [self.intermediate_size, *(shape.intermediate_size for shape in self.layers or ())]:
+                check(width % size == 0, "router.block_size", f"a divisor of intermediate_size ({width})", size)
+        if self.layers is not None:
+            check(len(self.layers) == self.num_hidden_layers, "layers", f"{self.num_hidden_layers} shapes",
+                  len(self.layers))  # fmt: skip
+            for i, shape in enumerate(self.layers):
+                check(shape.value_dim <= self.head_dim, f"layers[{i}].value_dim", f"at most {self.head_dim}",
+                      shape.value_dim)  # fmt: skip
+                if shape.rope_pairs is not None:
+                    last = max(pairs[-1] for pairs in shape.rope_pairs)
+                    good = len(shape.rope_pairs) == k and last < self.head_dim // 2
+                    check(good, f"layers[{i}].rope_pairs", f"indices below {self.head_dim // 2} for {k} heads",
+                          f"{len(shape.rope_pairs)} heads, indices up to {last}")  # fmt: skip
+
+    @property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Of each layer, whether they differ or not."""
+        uniform = LayerShape(self.intermediate_size, self.head_dim)
+        return self.layers or (uniform,) * self.num_hidden_layers
+
+    def of_layer(self, i: int) -> "LlamaConfig":
+        """What `jsparse.model.run_block` is to know of layer i: itself where all layers are of one shape."""
+        if self.layers is None:
+            return self
+        return dataclasses.replace(self, num_hidden_layers=1, layers=self.layers[i : i + 1])
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

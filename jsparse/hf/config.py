@@ -119,6 +119,7 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
         ConfigError: names the first field that is missing, wrong or not supported.
     """
     rest = dict(values)
+    shapes = rest.pop("layers", None) if rest.get("model_type") == "jsparse" else None
     _check_kind(rest)
     for name in _SIZES:
         check(rest.get(name) is not None, name, "a size", None)
@@ -135,6 +136,7 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
     found["activation"] = _read_activation(_pop(rest, "hidden_act", "silu"), _pop(rest, "hidden_act_param", None))
     found["rope"] = _read_rope(rest, found["max_position_embeddings"])
     found["router"] = rest.pop("router", None)
+    found["layers"] = shapes
     config = configs.from_dict(LlamaConfig, found)
     _check_rest(rest)
     if isinstance(config.rope, configs.LongRope):
@@ -262,7 +264,7 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         if not isinstance(config.activation, FatRelu):
             able.insert(0, "llama")
     even = config.hidden_size % config.num_attention_heads == 0
-    if not even or config.router is not None:  # transformers' LlamaConfig refuses it, head_dim or not
+    if not even or config.router is not None or config.layers is not None:  # transformers' LlamaConfig refuses the first
         able = ["jsparse"]
     if wanted == "auto":
         return able[0]
@@ -275,6 +277,8 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         reason = f"hidden_size {config.hidden_size} with {config.num_attention_heads} heads"
     if config.router is not None:
         reason = "routers"
+    if config.layers is not None:
+        reason = "layers of different shapes"
     raise ConfigError(f"format {wanted!r} cannot hold {reason}; formats that can: {', '.join(able)}")
 
 
@@ -296,5 +300,6 @@ def to_hf(config: LlamaConfig, format: Format, dtype: str) -> dict[str, Any]:
         **_write_activation(config),
         "rope_parameters": _write_rope(config),
         **({"router": plain["router"]} if config.router else {}),
+        **({"layers": plain["layers"]} if config.layers else {}),
         "dtype": dtype,
     }

@@ -1,10 +1,16 @@
-"""LLaMA whose feed-forward activation makes zeros: the config, for `transformers` with `trust_remote_code=True`.
+"""LLaMA with zeros in its feed-forward activations, or with layers of different widths: the config, for `transformers`
+with `trust_remote_code=True`.
 
 hidden_act is any of transformers' own, or
     "fatrelu"       g where g >= hidden_act_param, else 0
     "shifted_relu"  max(g - hidden_act_param, 0); of [shift, threshold], also 0 below the threshold
     "cats"          silu(g) where |silu(g)| >= hidden_act_param, else 0
     "cett"          ReLU; neuron i drops out where |relu(g_i) u_i| < threshold_i, a tensor of each layer
+
+layers, of a searched subnet, holds for each layer
+    intermediate_size   the width of its MLP
+    value_dim           the width of a head's values
+    rope_pairs          of each key-value head, which rotary pairs are left of its keys and its group's queries; null: all
 """
 
 from transformers import LlamaConfig
@@ -18,6 +24,8 @@ class SparseLlamaConfig(LlamaConfig):
 
 class JsparseConfig(SparseLlamaConfig):
     model_type = "jsparse"
+
+    layers: list[dict] | None = None
 
     def validate_architecture(self):
         """Heads need not divide the hidden size: head_dim is explicit."""

@@ -45,7 +45,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tu
         mesh: where to put the parameters, sharded by the rules of `jsparse.parallel`; by default the first device.
 
     Returns:
-        The config and the stacked parameter tree of `jsparse.model`.
+        The config and the parameter tree of `jsparse.model`: stacked, unless the layers differ in shape.
 
     Raises:
         ConfigError: not a model folder, a model that jsparse does not compute, or a mesh that does not divide it.
@@ -310,7 +310,7 @@ def _pick(params: model.Params, leaf: Leaf, i: int) -> tuple[Any, int | None]:
     value: Any = params
     for key in leaf.path:
         value = value[key]
-        if isinstance(value, list | tuple):
+        if leaf.stacked and isinstance(value, list | tuple):
             value = value[i]
     return value, i if leaf.stacked and value.ndim > len(leaf.shape) else None
 

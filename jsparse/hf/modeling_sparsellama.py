@@ -1,9 +1,13 @@
-"""LLaMA whose feed-forward activation makes zeros, for `transformers` with `trust_remote_code=True`."""
+"""LLaMA with zeros in its feed-forward activations, or with layers of different widths, for `transformers` with
+`trust_remote_code=True`."""
 # mypy: ignore-errors
+
+import copy
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, rotate_half
 
 from .configuration_sparsellama import JsparseConfig, SparseLlamaConfig
 
@@ -58,6 +62,43 @@ class CettMLP(nn.Module):
         return self.down_proj(keep(hidden.abs(), hidden, self.threshold.float()))
 
 
+class NarrowAttention(LlamaAttention):
+    """Attention that keeps some rotary pairs of queries and keys, each at its own frequency, and some dims of values.
+
+    The softmax's scale stays that of the whole head.
+    """
+
+    def __init__(self, config, layer_idx, shape):
+        super().__init__(config, layer_idx)
+        n, k, d, bias = config.num_attention_heads, config.num_key_value_heads, config.hidden_size, config.attention_bias
+        pairs = shape["rope_pairs"] or [list(range(self.head_dim // 2))] * k
+        half = self.head_dim // 2
+        self.dims = [[*p, *(i + half for i in p)] for p in pairs]  # of the rotary table, of each key-value head
+        self.value_dim, self.query_dim = shape["value_dim"], len(self.dims[0])
+        self.q_proj = nn.Linear(d, n * self.query_dim, bias=bias)
+        self.k_proj = nn.Linear(d, k * self.query_dim, bias=bias)
+        self.v_proj = nn.Linear(d, k * self.value_dim, bias=bias)
+        self.o_proj = nn.Linear(n * self.value_dim, d, bias=bias)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        shape = hidden_states.shape[:-1]
+        q = self.q_proj(hidden_states).view(*shape, -1, self.query_dim).transpose(1, 2)
+        k = self.k_proj(hidden_states).view(*shape, -1, self.query_dim).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(*shape, -1, self.value_dim).transpose(1, 2)
+        cos, sin = (t[:, :, self.dims].transpose(1, 2) for t in position_embeddings)  # [B, K, T, query_dim]
+        groups = self.num_key_value_groups
+        q = q * cos.repeat_interleave(groups, 1) + rotate_half(q) * sin.repeat_interleave(groups, 1)
+        k = k * cos + rotate_half(k) * sin
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        causal = attention_mask is None and q.shape[2] > 1
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask, is_causal=causal, scale=self.scaling
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(*shape, -1)), None
+
+
 class _Sparse:
     def __init__(self, config):
         name, param = config.hidden_act, config.hidden_act_param
@@ -65,11 +106,20 @@ class _Sparse:
         config.hidden_act = "relu" if ours else name  # LlamaMLP is built first, with an activation it knows
         super().__init__(config)
         config.hidden_act = name
-        for layer in getattr(self, "model", self).layers:
+        shapes = getattr(config, "layers", None)
+        if shapes and config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(f"attn_implementation: expected 'eager' or 'sdpa', got {config._attn_implementation!r}")
+        for i, layer in enumerate(getattr(self, "model", self).layers):
+            width = shapes[i]["intermediate_size"] if shapes else config.intermediate_size
+            if shapes:
+                narrow = copy.copy(config)
+                narrow.intermediate_size, narrow.hidden_act = width, "relu" if ours else name
+                layer.mlp = LlamaMLP(narrow)
+                layer.self_attn = NarrowAttention(config, i, shapes[i])
             if name in ACTIVATIONS:
                 layer.mlp.act_fn = ACTIVATIONS[name](*(param if isinstance(param, list | tuple) else [param]))
             elif name == "cett":
-                layer.mlp = CettMLP(layer.mlp, config.intermediate_size)
+                layer.mlp = CettMLP(layer.mlp, width)
 
 
 class SparseLlamaModel(_Sparse, LlamaModel):

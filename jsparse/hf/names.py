@@ -89,22 +89,25 @@ class Layout:
 class Leaf:
     """One leaf of the parameter tree: a tensor of Hugging Face, or L of them where it is stacked."""
 
-    path: tuple[str, ...]
+    path: tuple[str | int, ...]  # a number: of a layer, where the layers are a list
     names: tuple[str, ...]  # Hugging Face's; one a layer
     layout: Layout  # of one of them
     shape: tuple[int, ...]  # ours, of one of them
 
     @property
     def stacked(self) -> bool:
-        return self.path[0] == "layers"
+        return self.path[0] == "layers" and not isinstance(self.path[1], int)
 
 
 def leaves(config: LlamaConfig) -> list[Leaf]:
     """Every leaf that a model of this config has, in the order of `jax.tree.leaves`."""
     found = []
     for keys, x in jax.tree_util.tree_leaves_with_path(model.abstract(config)):
-        path = tuple(key.key for key in keys)
-        if path[0] == "layers":
+        path = tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key for key in keys)
+        if path[0] == "layers" and config.layers is not None:
+            name, axes = BLOCK[".".join(path[2:])]
+            found.append(Leaf(path, (f"model.layers.{path[1]}.{name}",), Layout.parse(axes), x.shape))
+        elif path[0] == "layers":
             name, axes = BLOCK[".".join(path[1:])]
             names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers))
             found.append(Leaf(path, names, Layout.parse(axes), x.shape[1:]))
@@ -124,12 +127,13 @@ def in_order(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensors[name] for name in sorted(tensors, key=depth)}
 
 
-def tree(values: dict[tuple[str, ...], Any]) -> Any:
-    """The nested dict of values by path."""
-    root: dict[str, Any] = {}
+def tree(values: dict[tuple[str | int, ...], Any]) -> Any:
+    """The nested dict of values by path; numbers make a list."""
+    root: dict[Any, Any] = {}
     for (*parents, last), value in values.items():
         node = root
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    return root
+    layers = root["layers"]
+    return root | {"layers": [layers[i] for i in range(len(layers))]} if 0 in layers else root

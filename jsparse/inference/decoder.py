@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jsparse.config import LlamaConfig
+from jsparse.config import LayerShape, LlamaConfig
 from jsparse.model import Cache, Params, activate, rms_norm
 from jsparse.model.llama import cached_place
 from jsparse.model.modules import LayerCache, Place, mix_heads
@@ -126,10 +126,10 @@ def trunk(decoder: Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache
     x = decoder.embed[tokens].astype(jnp.float32)
     place = cached_place(tokens, None, cache, config)
     caches = []
-    for layer, layer_cache in zip(decoder.layers, cache.layers, strict=True):
+    for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
         with jax.named_scope("attention"):
             normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps).astype(dtype)
-            y, layer_cache = _attention(layer.attention, normed, config, place, layer_cache)
+            y, layer_cache = _attention(layer.attention, normed, config, shape, place, layer_cache)
             x = x + y
         with jax.named_scope("ffn"):
             normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
@@ -147,25 +147,25 @@ def logits(x: jax.Array, decoder: Decoder) -> jax.Array:
 def empty_cache(decoder: Decoder, batch: int, slots: int, start: jax.Array, config: LlamaConfig) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, row b's text from slot start[b] on."""
 
-    def one(attention: Attention) -> LayerCache:
-        kv_heads = (attention.qkv.shape[0] - attention.output.shape[1]) // (2 * config.head_dim)
-        zeros = jnp.zeros((batch, slots, kv_heads, config.head_dim), attention.qkv.dtype)
-        return LayerCache(zeros, zeros)
+    def zeros(head_dim: int) -> jax.Array:
+        return jnp.zeros((batch, slots, config.num_key_value_heads, head_dim), decoder.embed.dtype)
 
-    return Cache(tuple(one(layer.attention) for layer in decoder.layers), start, jnp.zeros((), jnp.int32), slots)
+    caches = (LayerCache(zeros(shape.query_dim(config)), zeros(shape.value_dim)) for shape in config.layer_shapes)
+    return Cache(tuple(caches), start, jnp.zeros((), jnp.int32), slots)
 
 
 def _attention(
-    attention: Attention, x: jax.Array, config: LlamaConfig, place: Place, cache: LayerCache
+    attention: Attention, x: jax.Array, config: LlamaConfig, shape: LayerShape, place: Place, cache: LayerCache
 ) -> tuple[jax.Array, LayerCache]:
     """x [B, T, D] -> float32 [B, T, D], and the cache with these tokens written to it."""
-    b, t, h = *x.shape[:2], config.head_dim
-    n, k = attention.output.shape[1] // h, cache.k.shape[2]
-    qkv = _add(_product(x, attention.qkv), attention.qkv_bias).astype(x.dtype).reshape(b, t, n + 2 * k, h)
-    q, key, value = jnp.split(qkv, (n, n + k), axis=2)
-    y, filled = mix_heads(q, key, value, place, cache, "auto")
+    b, t, h = *x.shape[:2], shape.query_dim(config)
+    n, k = config.num_attention_heads, config.num_key_value_heads
+    qkv = _add(_product(x, attention.qkv), attention.qkv_bias).astype(x.dtype)
+    q, key, value = jnp.split(qkv, (n * h, (n + k) * h), axis=2)
+    q, key, value = q.reshape(b, t, n, h), key.reshape(b, t, k, h), value.reshape(b, t, k, shape.value_dim)
+    y, filled = mix_heads(q, key, value, place, cache, "auto", config.head_dim**-0.5, shape.rope_pairs)
     assert filled is not None
-    return _add(_product(y.reshape(b, t, n * h), attention.output), attention.output_bias), filled
+    return _add(_product(y.reshape(b, t, -1), attention.output), attention.output_bias), filled
 
 
 def _dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:

@@ -86,19 +86,19 @@ def _l1(x1: jax.Array) -> jax.Array:
     return jnp.sum(x1 * jax.lax.stop_gradient(jnp.sign(x1)), axis=-1, dtype=jnp.float32)
 
 
-def sparsity(stats: LayerStats, tokens: jax.Array | float, ff: int) -> jax.Array:
+def sparsity(stats: LayerStats, tokens: jax.Array | float, ff: int | jax.Array) -> jax.Array:
     """Share of exact zeros in x1, [L], of stacked stats over `tokens` counted tokens (section 3.1)."""
     return 1.0 - stats.active / (jnp.asarray(tokens, jnp.float32) * ff)
 
 
 def penalty_scale(
-    penalty: MeanL1 | PaperCodeL1, *, tokens: jax.Array | float, ff: int, layers: int, micro_batches: int
+    penalty: MeanL1 | PaperCodeL1, *, tokens: jax.Array | float, ff: int | jax.Array, layers: int, micro_batches: int
 ) -> jax.Array:
-    """What the sum of |x1| over tokens, neurons and layers is multiplied with beside lambda; float32 [].
+    """What the sum of |x1| over tokens and neurons is multiplied with beside lambda; float32 [] or, of widths [L], [L].
 
     Args:
         tokens: counted tokens of the global batch.
-        ff: width F of the FFN.
+        ff: width F of the FFN, one or float32 [L].
         layers: number L of layers.
         micro_batches: accumulation steps times data-parallel shards. The paper's later code sums within a device's
             micro-batch, divides by the accumulation steps and averages over devices.
@@ -368,10 +368,16 @@ def cett_curve(params: Params, config: LlamaConfig, batches: Iterable[jax.Array]
 def apply_cett(params: Params, config: LlamaConfig, tau: Any) -> tuple[Params, LlamaConfig]:
     """The model that drops neuron i of layer l where |x1_i| ||W_2[i]|| < tau[l]; tau [L]."""
     _check_relu(config)
-    layers = model.stack(params)["layers"]
-    norms = jnp.linalg.norm(layers["ffn"]["down"].astype(jnp.float32), axis=-1)  # [L, F]
-    threshold = jnp.asarray(tau, jnp.float32)[:, None] / jnp.maximum(norms, 1e-20)
-    layers = layers | {"ffn": layers["ffn"] | {"threshold": threshold}}
+    tau = jnp.asarray(tau, jnp.float32)
+
+    def put(layers: Any, tau: jax.Array) -> Any:  # of one layer, or of a stack
+        norms = jnp.linalg.norm(layers["ffn"]["down"].astype(jnp.float32), axis=-1)  # [..., F]
+        return layers | {"ffn": layers["ffn"] | {"threshold": tau[..., None] / jnp.maximum(norms, 1e-20)}}
+
+    if config.layers is None:
+        layers: Any = put(model.stack(params)["layers"], tau)
+    else:
+        layers = [put(layer, t) for layer, t in zip(params["layers"], tau, strict=True)]
     return params | {"layers": layers}, replace(config, activation=Cett())
 
 
@@ -419,7 +425,7 @@ def _log_output_norms(params: Params, tokens: jax.Array, config: LlamaConfig) ->
     def measure(trace: FFNTrace) -> jax.Array:
         return jnp.mean(jnp.log(jnp.maximum(_norm(trace.output), 1e-20)))
 
-    return model.trunk(params, tokens, config, probe=measure)[1]
+    return jnp.stack([*model.trunk(params, tokens, config, probe=measure)[1]])
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -437,7 +443,7 @@ def _cett_sums(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Ar
 
         return jax.lax.map(total, jnp.asarray(_RATIOS, jnp.float32))
 
-    return model.trunk(params, tokens, config, probe=measure)[1]
+    return jnp.stack([*model.trunk(params, tokens, config, probe=measure)[1]])
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -200,7 +200,9 @@ def _finish(layer: Params, x: jax.Array, config: LlamaConfig, attended: bool) ->
 
 
 def _cast(layer: Params, dtype: Any, config: LlamaConfig) -> Params:
-    return jax.tree.map(lambda island, x: x if island else x.astype(dtype), model.islands(config)["layers"], layer)
+    islands = model.islands(config)["layers"]
+    islands = islands if isinstance(islands, dict) else islands[0]
+    return jax.tree.map(lambda island, x: x if island else x.astype(dtype), islands, layer)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -352,8 +354,9 @@ def prune_next(layer: Params, i: int, stream: Stream, config: LlamaConfig, plan:
     """
     stays = not any(name in ATTENTION for name, _ in plan)  # attention stays dense: its part of the pass is done once
     stats: dict[str, Stats] = {}
+    shaped = config.of_layer(i)
     for k, (x, counted) in enumerate(stream):
-        middle, new = block_statistics(layer, x, counted, config, needs(plan))
+        middle, new = block_statistics(layer, x, counted, shaped, needs(plan))
         stats = _add(stats, new) if stats else new
         if stays:
             stream[k] = middle, counted
@@ -362,7 +365,7 @@ def prune_next(layer: Params, i: int, stream: Stream, config: LlamaConfig, plan:
     layer = replace(layer, weights)
     if i < config.num_hidden_layers - 1:
         for k, (x, counted) in enumerate(stream):  # one by one, so that it exists only once
-            stream[k] = _finish(layer, x, config, stays), counted
+            stream[k] = _finish(layer, x, shaped, stays), counted
     return Pruned(weights, masks, _rows(i, stats, seen, weights, plan, pattern))
 
 

@@ -4,8 +4,8 @@
     output = forward(params, tokens, config)
 
 The tree is a plain nested dict. Its blocks are stacked, every leaf of `params["layers"]` led by an L axis, so that
-training scans over them; `unstack` turns them into a list of L trees, which decoding runs without copying weights and
-which may differ in width from layer to layer. Every function here takes either form.
+training scans over them; `unstack` turns them into a list of L trees, which decoding runs without copying weights.
+Every function here takes either form. Where layers differ in shape (`LlamaConfig.layers`) they are always a list.
 
 Computation runs in the dtype of the parameters (`cast` chooses it); norms, softmax, rotary angles and logits are
 float32 always.
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jsparse import parallel
-from jsparse.config import Cett, LlamaConfig, Relu, check
+from jsparse.config import Cett, LayerShape, LlamaConfig, Relu, check
 from jsparse.model import rope
 from jsparse.model.modules import Attend, Block, Ends, LayerCache, Place, Probe, RMSNorm
 from jsparse.parallel import constrain
@@ -74,7 +74,11 @@ def _init(key: jax.Array, config: LlamaConfig) -> Params:
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     ends, blocks = jax.random.split(key)
-    layers = jax.vmap(lambda k: values(Block(config, nnx.Rngs(k))))(jax.random.split(blocks, config.num_hidden_layers))
+    keys, shapes = jax.random.split(blocks, config.num_hidden_layers), config.layer_shapes
+    if config.layers is None:
+        layers: Any = jax.vmap(lambda k: values(Block(config, shapes[0], nnx.Rngs(k))))(keys)
+    else:
+        layers = [values(Block(config, shape, nnx.Rngs(k))) for shape, k in zip(shapes, keys, strict=True)]
     return values(Ends(config, nnx.Rngs(ends))) | {"layers": layers}
 
 
@@ -95,23 +99,26 @@ def islands(config: LlamaConfig) -> Params:
 
 
 def _metadata(config: LlamaConfig, read: Callable[[Any, bool], Any]) -> Params:
-    def tree(module: type[nnx.Module], stacked: bool) -> Params:
-        flat = nnx.to_flat_state(_split(module, config)[1])
+    def tree(state: Any, stacked: bool) -> Params:
+        flat = nnx.to_flat_state(state)
         return nnx.traversals.unflatten_mapping({path: read(v.get_metadata(), stacked) for path, v in flat})
 
-    return tree(Ends, False) | {"layers": tree(Block, True)}
+    layers: Any = tree(_split(Block, config, config.layer_shapes[0])[1], config.layers is None)
+    if config.layers is not None:
+        layers = [tree(_split(Block, config, shape)[1], False) for shape in config.layers]
+    return tree(_split(Ends, config)[1], False) | {"layers": layers}
 
 
-def _split(module: Any, config: LlamaConfig) -> tuple[Any, Any]:
+def _split(module: Any, config: LlamaConfig, *shape: LayerShape) -> tuple[Any, Any]:
     """Graph definition and abstract state of a module: the only place where modules and trees part."""
     # Of the activation only Cett changes what is declared; the others may hold a traced threshold, which has no hash.
     activation = config.activation if isinstance(config.activation, Cett) else Relu()
-    return _cached_split(module, dataclasses.replace(config, activation=activation))
+    return _cached_split(module, dataclasses.replace(config, activation=activation, layers=None), *shape)
 
 
 @functools.cache
-def _cached_split(module: Any, config: LlamaConfig) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
+def _cached_split(module: Any, config: LlamaConfig, *shape: LayerShape) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: module(config, *shape, nnx.Rngs(0))))
 
 
 def shardings(config: LlamaConfig, mesh: Mesh) -> Params:
@@ -123,7 +130,7 @@ def cast(params: Params, config: LlamaConfig, dtype: Any) -> Params:
     """Parameters in the dtype to compute in, float32 islands (norms, thresholds) excepted."""
     target = jnp.dtype(dtype)
     keep = islands(config)
-    if isinstance(params["layers"], list | tuple):
+    if isinstance(params["layers"], list | tuple) and config.layers is None:
         keep = keep | {"layers": [keep["layers"]] * len(params["layers"])}
     return jax.tree.map(lambda k, x: x.astype(jnp.float32 if k else target), keep, params)
 
@@ -207,17 +214,23 @@ def trunk(
     else:
         check(segments is None, "segments", "none with a cache", "both")
         place = cached_place(tokens, positions, cache, config)
-    graph = _split(Block, config)[0]
-    layers = params["layers"]
-
-    def block(x: jax.Array, layer: Params, layer_cache: LayerCache | None = None) -> Any:
-        return nnx.merge(graph, layer)(x, config.activation, place, layer_cache, probe, attend)
-
+    layers, shapes = params["layers"], config.layer_shapes
     scan = cache is None and isinstance(layers, dict)
-    if remat != "none":  # outside of a loop XLA would merge the recomputation with the first computation
+
+    def block_of(shape: LayerShape) -> Callable[..., Any]:
+        graph = _split(Block, config, shape)[0]
+
+        def block(x: jax.Array, layer: Params, layer_cache: LayerCache | None = None) -> Any:
+            return nnx.merge(graph, layer)(x, config.activation, place, layer_cache, probe, attend)
+
+        if remat == "none":
+            return block
         loop = scan and unroll < config.num_hidden_layers
-        block = jax.checkpoint(block, policy=_POLICIES[remat], prevent_cse=not loop)
+        # outside of a loop XLA would merge the recomputation with the first computation
+        return jax.checkpoint(block, policy=_POLICIES[remat], prevent_cse=not loop)
+
     if scan:
+        block = block_of(shapes[0])
 
         def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
             x, _, aux = block(x, layer)
@@ -228,7 +241,7 @@ def trunk(
         caches: list[Any] = []
         aux = []
         for i, layer in enumerate(unstack(params)["layers"]):
-            x, layer_cache, a = block(x, layer, cache.layers[i] if cache else None)
+            x, layer_cache, a = block_of(shapes[i])(x, layer, cache.layers[i] if cache else None)
             caches.append(layer_cache)
             aux.append(a)
         if isinstance(layers, dict):
@@ -253,7 +266,7 @@ def run_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The first half of a block: x [B, T, D] to the residual stream [B, T, D] between attention and FFN, and the
     `attention` and `heads` of `BlockTrace`."""
-    block = nnx.merge(_split(Block, config)[0], layer)
+    block = nnx.merge(_split(Block, config, config.layer_shapes[0])[0], layer)
     read = block.attention_norm(x)
     heads, _ = block.attention.heads(read, _place(x[..., 0], None, None, config), None, attend)
     return constrain(x + block.attention.project(heads), "batch", "sequence", None), read, heads
@@ -262,7 +275,7 @@ def run_attention(
 def run_ffn(layer: Params, x: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The second half of a block: x [B, T, D] between attention and FFN to the residual stream [B, T, D] after the
     block, and the `ffn` and `hidden` of `BlockTrace`."""
-    block = nnx.merge(_split(Block, config)[0], layer)
+    block = nnx.merge(_split(Block, config, config.layer_shapes[0])[0], layer)
     y, (read, hidden) = block.ffn(block.ffn_norm(x), config.activation, lambda trace: (trace.x, trace.hidden))
     return constrain(x + y, "batch", "sequence", None), read, hidden
 
@@ -274,6 +287,7 @@ def run_block(
 
     Args:
         layer: one element of `unstack(params)["layers"]`.
+        config: the model's, or where its layers differ `config.of_layer(i)`.
         x: [B, T, D], the residual stream: token embeddings, or what the block before returned.
 
     Returns:
@@ -298,19 +312,18 @@ def logits(x: jax.Array, params: Params) -> jax.Array:
 def init_cache(params: Params, batch: int, slots: int, start: jax.Array | None = None) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, in the parameters' dtype and layer widths."""
 
-    def one(key: Any) -> LayerCache:  # [D, K, H]
-        shape = (batch, slots, *key.shape[-2:])
-        return LayerCache(*(constrain(jnp.zeros(shape, key.dtype), "batch", "sequence", "kv_heads", "head_dim")
-                            for _ in range(2)))  # fmt: skip
+    def zeros(weight: Any) -> jax.Array:  # [D, K, H]
+        shape = (batch, slots, *weight.shape[-2:])
+        return constrain(jnp.zeros(shape, weight.dtype), "batch", "sequence", "kv_heads", "head_dim")
 
     layers = params["layers"]
     if isinstance(layers, dict):
-        stacked = layers["attention"]["key"]
-        keys = [jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)] * stacked.shape[0]
+        attention = [layers["attention"]] * jax.tree.leaves(layers)[0].shape[0]
     else:
-        keys = [layer["attention"]["key"] for layer in layers]
+        attention = [layer["attention"] for layer in layers]
+    caches = tuple(LayerCache(zeros(a["key"]), zeros(a["value"])) for a in attention)
     start = jnp.zeros(batch, jnp.int32) if start is None else start
-    return Cache(tuple(map(one, keys)), start, jnp.zeros((), jnp.int32), slots)
+    return Cache(caches, start, jnp.zeros((), jnp.int32), slots)
 
 
 def _place(tokens: jax.Array, positions: jax.Array | None, segments: jax.Array | None, config: LlamaConfig) -> Place:

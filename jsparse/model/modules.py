@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jsparse.config import Activation, Cats, Cett, FatRelu, Gelu, LlamaConfig, Relu, ShiftedRelu, Silu
+from jsparse.config import Activation, Cats, Cett, FatRelu, Gelu, LayerShape, LlamaConfig, Relu, ShiftedRelu, Silu
 from jsparse.model import rope, routing
 from jsparse.parallel import constrain
 
@@ -65,21 +65,27 @@ class Place:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    Queries and keys may keep a part of their rotary pairs, each at its own frequency, and values a part of their
+    dims; the softmax's scale stays that of the whole head.
+    """
+
+    def __init__(self, config: LlamaConfig, shape: LayerShape, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.scale, self.pairs = h**-0.5, shape.rope_pairs
+        h, v = shape.query_dim(config), shape.value_dim
         normal = jax.nn.initializers.normal(config.initializer_range)
         zeros = jax.nn.initializers.zeros
         self.query = param(rngs, (d, n, h), ("embed", "heads", "head_dim"), normal)
         self.key = param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), normal)
-        self.value = param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), normal)
-        self.output = param(rngs, (n, h, d), ("heads", "head_dim", "embed"), normal)
+        self.value = param(rngs, (d, k, v), ("embed", "kv_heads", "head_dim"), normal)
+        self.output = param(rngs, (n, v, d), ("heads", "head_dim", "embed"), normal)
         self.bias = config.attention_bias
         if config.attention_bias:
             self.query_bias = param(rngs, (n, h), ("heads", "head_dim"), zeros)
             self.key_bias = param(rngs, (k, h), ("kv_heads", "head_dim"), zeros)
-            self.value_bias = param(rngs, (k, h), ("kv_heads", "head_dim"), zeros)
+            self.value_bias = param(rngs, (k, v), ("kv_heads", "head_dim"), zeros)
             self.output_bias = param(rngs, (d,), ("norm",), zeros)
 
     def __call__(
@@ -105,30 +111,42 @@ class Attention(nnx.Module):
             q = q + self.query_bias[None, None]
             k = k + self.key_bias[None, None]
             v = v + self.value_bias[None, None]
-        return mix_heads(q, k, v, place, cache, attend)
+        return mix_heads(q, k, v, place, cache, attend, self.scale, self.pairs)
 
 
 def mix_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, place: Place, cache: LayerCache | None, attend: Attend
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    place: Place,
+    cache: LayerCache | None,
+    attend: Attend,
+    scale: float,
+    pairs: tuple[tuple[int, ...], ...] | None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """Rotary attention of q [B, T, N, H] to k, v [B, T, K, H] and to what is cached -> [B, T, N, H], and the cache."""
-    q = rope.rotate(q, place.cos, place.sin)
+    """Rotary attention of q [B, T, N, H] to k, v [B, T, K, H] and to what is cached -> [B, T, N, H], and the cache.
+
+    The H of v and of the result may be another than that of q and k; `scale` is the softmax's and `pairs` as in
+    `LayerShape.rope_pairs`.
+    """
+    q = rope.rotate(q, place.cos, place.sin, pairs)
     if place.key_table is None:
-        k = rope.rotate(k, place.cos, place.sin)
+        k = rope.rotate(k, place.cos, place.sin, pairs)
     if cache is not None:
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place.slot, axis=1)
         cache = LayerCache(write(cache.k, k), write(cache.v, v))
         k, v = cache
     if place.key_table is not None:
-        k = rope.rotate(k, *place.key_table)
+        k = rope.rotate(k, *place.key_table, pairs)
     q = constrain(q, "batch", "sequence", "heads", "head_dim")
     k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
     v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
+    width, head = v.shape[-1], max(q.shape[-1], v.shape[-1])  # jax knows one head dim: zeros fill the smaller up
+    q, k, v = (x if x.shape[-1] == head else jnp.pad(x, [(0, 0)] * 3 + [(0, head - x.shape[-1])]) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # jax's own code is not written for "strict"
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=place.mask, is_causal=place.mask is None, implementation=_implementation(attend, q)
-        )
-    return checkpoint_name(y, "attention"), cache
+        y = jax.nn.dot_product_attention(q, k, v, mask=place.mask, is_causal=place.mask is None, scale=scale,
+                                         implementation=_implementation(attend, q))  # fmt: skip
+    return checkpoint_name(y[..., :width], "attention"), cache
 
 
 def _implementation(attend: Attend, q: jax.Array) -> Literal["xla", "cudnn"]:
@@ -187,8 +205,8 @@ def activate(activation: Activation, gate: jax.Array) -> jax.Array:
 class FFN(nnx.Module):
     """Gated feed-forward: y = (act(x W_gate) * (x W_up)) W_down."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
+    def __init__(self, config: LlamaConfig, shape: LayerShape, rngs: nnx.Rngs):
+        d, f = config.hidden_size, shape.intermediate_size
         normal = jax.nn.initializers.normal(config.initializer_range)
         zeros = jax.nn.initializers.zeros
         self.gate = param(rngs, (d, f), ("embed", "mlp"), normal)
@@ -257,11 +275,11 @@ class FFN(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and FFN, each added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, shape: LayerShape, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config, rngs)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, shape, rngs)
         self.ffn_norm = RMSNorm(config, rngs)
-        self.ffn = FFN(config, rngs)
+        self.ffn = FFN(config, shape, rngs)
 
     def __call__(
         self,

@@ -22,10 +22,19 @@ def table(positions: jax.Array, length: jax.Array, config: LlamaConfig) -> tuple
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, T, heads, H] by the table of its positions; pairs are (i, i + H/2). Keeps x's dtype."""
+def rotate(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, kept: tuple[tuple[int, ...], ...] | None = None
+) -> jax.Array:
+    """Rotates x [B, T, heads, H] by the table of its positions; pairs are (i, i + H/2). Keeps x's dtype.
+
+    kept: where x has but some of the table's pairs, the indices of those of each key-value head.
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    if kept is None:
+        cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    else:
+        pairs = np.repeat(np.array(kept), x.shape[2] // len(kept), axis=0)  # [heads, H/2]
+        cos, sin = cos[:, :, pairs], sin[:, :, pairs]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

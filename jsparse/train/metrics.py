@@ -48,7 +48,8 @@ def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
     multiplied = model.count(model.abstract(config))
     if not config.tie_word_embeddings:
         multiplied -= config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    dims = sum(shape.query_dim(config) + shape.value_dim for shape in config.layer_shapes) / 2  # L H
+    attention = dims * config.num_attention_heads * seq_len
     return 6.0 * multiplied + 6.0 * attention
 
 

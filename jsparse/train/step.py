@@ -52,7 +52,8 @@ def make_step(
     weight = train_state.weight(config.method)
     penalty = config.method.penalty if isinstance(config.method, ProSparse) else None
     observes = makes_zeros(model_config.activation)
-    layers, ff = model_config.num_hidden_layers, model_config.intermediate_size
+    layers = model_config.num_hidden_layers
+    ff = jnp.asarray([shape.intermediate_size for shape in model_config.layer_shapes], jnp.float32)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     shardings = train_state.shardings(config, model_config, mesh)
 
@@ -66,6 +67,8 @@ def make_step(
         forward = functools.partial(model.trunk, tokens=batch.tokens, segments=batch.segments, attend=config.attention)
         probe = prosparse.probe(observed_tokens(batch)) if observes else None
         x, stats, _ = forward(params, config=model_config, probe=probe, remat=config.remat, unroll=config.unroll)
+        if isinstance(stats, list):
+            stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
         teacher = None
         if config.distill is not None and teacher_config is not None and teacher_params is not None:
             states, _, _ = forward(teacher_params, config=teacher_config, unroll=config.unroll)
@@ -75,7 +78,7 @@ def make_step(
                           teacher=teacher)  # fmt: skip
         total = loss.total * per_token
         if penalty is not None:
-            total = total + jnp.sum(stats.l1) * per_l1
+            total = total + jnp.sum(stats.l1 * per_l1)
         return total, (loss, stats)
 
     def step(state: TrainState, batch: Batch, teacher_params: Params | None = None) -> tuple[TrainState, Metrics]:
@@ -83,7 +86,7 @@ def make_step(
         tokens = jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0)
         observed = jnp.maximum(jnp.sum(observed_tokens(batch), dtype=jnp.float32), 1.0)
         penalty_weight = prosparse.penalty_weight(weight, number, state.control)
-        per_l1 = jnp.zeros(())
+        per_l1 = jnp.zeros(layers)
         if penalty is not None:
             per_l1 = penalty_weight * prosparse.penalty_scale(penalty, tokens=observed, ff=ff, layers=layers,
                                                               micro_batches=config.accumulate * shards)  # fmt: skip
@@ -117,12 +120,12 @@ def make_step(
             control = prosparse.update_control(weight, number, control, metrics["sparsity"])
         if penalty is not None:
             metrics["penalty_weight"] = penalty_weight
-            metrics["penalty"] = per_l1 * jnp.sum(stats.l1)
+            metrics["penalty"] = jnp.sum(stats.l1 * per_l1)
             metrics["penalty_ratio"] = metrics["penalty"] / metrics["loss"]
         if teacher_params is not None:
             metrics["kl"] = loss.kl / tokens
 
-        objective = loss.total / tokens + per_l1 * (jnp.sum(stats.l1) if penalty is not None else 0.0)
+        objective = loss.total / tokens + (jnp.sum(stats.l1 * per_l1) if penalty is not None else 0.0)
         good = jnp.isfinite(objective) & jnp.isfinite(metrics["grad_norm"])
         done = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                                    control=control, skipped_in_a_row=jnp.zeros_like(state.skipped))  # fmt: skip

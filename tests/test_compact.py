@@ -1,0 +1,183 @@
+"""Layers of different widths: the model, its folder, PyTorch, training, pruning and thresholds on top."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse import hf, model, parallel
+from jsparse import config as configs
+from jsparse.config import CheckpointConfig, ConfigError, DynamicRope, Fixed, LayerShape, LlamaConfig, LogConfig, MeshConfig, ModelSource, ProSparse, Relu, Silu
+from jsparse.inference import evaluate, generate
+from jsparse.methods import prosparse
+from jsparse.methods.patterns import NofM
+from jsparse.methods.pruning import prune
+from jsparse.train.checkpoint import load_run
+from jsparse.train.loop import train
+from jsparse.train.metrics import flops_per_token
+from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
+from tests.train_helpers import recipe
+
+SHAPES = (LayerShape(32, 4, ((0, 3), (1, 2))), LayerShape(16, 8, ((0, 1, 3), (1, 2, 3))), LayerShape(48, 6))
+CONFIG = tiny_config(vocab_size=68, num_hidden_layers=3, layers=SHAPES, attention_bias=True, mlp_bias=True, activation=Relu())
+IDS = tokens(CONFIG, 2, 12)
+
+
+def zero_filled(params: model.Params, config: LlamaConfig) -> tuple[model.Params, LlamaConfig]:
+    """A dense model whose layers hold a compact model's entries, the others 0. Neurons and dims stand in front."""
+    dense = dataclasses.replace(config, layers=None)
+    zeros = [jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), model.abstract(dense)["layers"]) for _ in SHAPES]
+    for big, small, shape in zip(zeros, params["layers"], SHAPES, strict=True):
+        pairs = shape.rope_pairs or (tuple(range(4)),) * 2
+        for part, leaf in ((part, leaf) for part in small for leaf in small[part]):
+            x = np.asarray(small[part][leaf])
+            if leaf.startswith(("query", "key")):
+                for head in range(x.shape[-2]):
+                    kept = np.array(pairs[head // (x.shape[-2] // 2)])
+                    big[part][leaf][..., head, np.concatenate([kept, kept + 4])] = x[..., head, :]
+            else:
+                big[part][leaf][tuple(slice(n) for n in x.shape)] = x
+    return model.stack(params | {"layers": jax.tree.map(jnp.asarray, zeros)}), dense
+
+
+def logits(params: model.Params, config: LlamaConfig, ids: jax.Array = IDS) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p: model.forward(p, ids, config).logits)(params))
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_the_same_as_the_zero_filled_model(rope: str) -> None:
+    """Logits, and the text decoded with caches of different widths: with keys cached rotated, and unrotated."""
+    config = CONFIG if rope == "default" else dataclasses.replace(CONFIG, rope=DynamicRope(2.0))
+    params = random_params(config)
+    filled, dense = zero_filled(params, config)
+    np.testing.assert_allclose(logits(params, config), logits(filled, dense), atol=1e-4)
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    text = generate(params, config, prompts, max_new_tokens=6, stop_ids=())
+    assert text.tokens == generate(filled, dense, prompts, max_new_tokens=6, stop_ids=()).tokens
+    got, expected = (evaluate(p, c, np.arange(60) % 67, seq_len=16) for p, c in ((params, config), (filled, dense)))
+    assert got.neurons == (32, 16, 48) and abs(got.loss - expected.loss) < 1e-5
+
+
+def test_the_tree() -> None:
+    """Init, shardings, axes, islands and casting agree with one another and with the shapes."""
+    params = model.init(jax.random.key(0), CONFIG)
+    abstract = model.abstract(CONFIG)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
+    first = params["layers"][0]
+    assert first["attention"]["query"].shape == (32, 4, 4) and first["attention"]["output"].shape == (4, 4, 32)
+    assert first["attention"]["value_bias"].shape == (2, 4) and first["ffn"]["down"].shape == (32, 32)
+    assert model.logical_axes(CONFIG)["layers"][1]["ffn"]["gate"] == jax.sharding.PartitionSpec("embed", "mlp")
+    half = model.cast(params, CONFIG, jnp.bfloat16)["layers"][2]
+    assert half["ffn"]["up"].dtype == jnp.bfloat16 and half["ffn_norm"]["scale"].dtype == jnp.float32
+    assert model.unstack(params) is params
+    mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharded = model.init(jax.random.key(0), CONFIG, mesh)
+    assert_trees_close(sharded, params, 1e-6)
+    ids = tokens(CONFIG, 4, 12)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(logits(sharded, CONFIG, ids), logits(params, CONFIG, ids), atol=1e-5)
+
+
+def test_config_round_trip_and_errors() -> None:
+    assert configs.from_dict(LlamaConfig, configs.to_dict(CONFIG)) == CONFIG
+    assert CONFIG.of_layer(1).layer_shapes == SHAPES[1:2] and tiny_config().of_layer(1) == tiny_config()
+    for changes, message in (
+        ({"num_hidden_layers": 2}, "layers: expected 2 shapes, got 3"),
+        ({"head_dim": 4}, r"layers\[0\].rope_pairs: expected indices below 2 for 2 heads"),
+        ({"num_key_value_heads": 1}, "indices below 4 for 1 heads"),
+        ({"layers": (LayerShape(8, 9),) * 3}, r"layers\[0\].value_dim: expected at most 8, got 9"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(ConfigError, match="rope_pairs: expected rising indices"):
+        LayerShape(8, 8, ((0, 1), (1, 0)))
+    with pytest.raises(ConfigError, match="intermediate_size: expected a positive number"):
+        LayerShape(0, 8)
+
+
+def test_folder(tmp_path: Path) -> None:
+    """Written, read back bit by bit, and onto a mesh."""
+    params = random_params(CONFIG)
+    hf.save(tmp_path / "model", CONFIG, params)
+    config, again = hf.load(tmp_path / "model")
+    assert config == CONFIG
+    assert_trees_close(again, params, 0)
+    _, sharded = hf.load(tmp_path / "model", mesh=parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert_trees_close(sharded, params, 0)
+    with pytest.raises(ConfigError, match="format 'llama' cannot hold layers of different shapes"):
+        hf.save(tmp_path / "other", CONFIG, params, format="llama")
+    with pytest.raises(ValueError, match=r"params: layers\.1\.ffn\.up: expected shape \(32, 16\), got \(32, 15\)"):
+        narrow = params["layers"][1] | {"ffn": params["layers"][1]["ffn"] | {"up": jnp.zeros((32, 15))}}
+        hf.save(tmp_path / "other", CONFIG, params | {"layers": [params["layers"][0], narrow, params["layers"][2]]})
+
+
+@pytest.mark.parametrize("activation", [Silu(), configs.FatRelu(0.05), configs.Cett()])
+def test_torch(activation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes the same logits from the folder, and decodes the same text with its cache."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = dataclasses.replace(CONFIG, activation=activation, attention_bias=False, mlp_bias=False)
+    params = random_params(config)
+    hf.save(tmp_path / "model", config, params)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "model", trust_remote_code=True).eval()
+    ids = torch.asarray(np.array(IDS), dtype=torch.int64)
+    with torch.no_grad():
+        np.testing.assert_allclose(logits(params, config), theirs(ids).logits.numpy(), atol=1e-4)
+        text = theirs.generate(ids[:1], max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = generate(params, config, IDS[:1], max_new_tokens=5, stop_ids=())
+    assert ours.tokens[0] == text[0, 12:].tolist()
+    with pytest.raises(ValueError, match="attn_implementation: expected 'eager' or 'sdpa'"):
+        load(tmp_path / "model", trust_remote_code=True, attn_implementation="flex_attention")
+
+
+def test_pruning_and_thresholds_on_top() -> None:
+    params = random_params(CONFIG)
+    pruned, masks, report = prune(params, CONFIG, IDS, pattern=NofM(2, 4), batch_size=2)
+    assert [row.weights for row in report.matrices[:4]] == [32 * 32] * 3 + [32 * 16]
+    assert float(masks["layers"][1]["ffn"]["up"].mean()) == 0.5 and float((pruned["layers"][1]["ffn"]["up"] == 0).mean()) == 0.5
+    thresholds, config = prosparse.cett_thresholds(params, CONFIG, [IDS], error=0.2)
+    assert [layer["ffn"]["threshold"].shape[0] for layer in thresholds["layers"]] == [32, 16, 48]
+    shares = evaluate(thresholds, config, np.asarray(IDS).reshape(-1), seq_len=12).sparsity
+    dense = evaluate(params, CONFIG, np.asarray(IDS).reshape(-1), seq_len=12).sparsity
+    assert all(a > b for a, b in zip(shares, dense, strict=True))
+
+
+def test_training_on_top(tmp_path: Path) -> None:
+    """A compact folder trains on with ProSparse, on a mesh, and its checkpoint and export are compact again."""
+    config = dataclasses.replace(CONFIG, attention_bias=False, mlp_bias=False)
+    params = random_params(config)
+    hf.save(tmp_path / "model", config, params)
+    run = recipe(
+        tmp_path / "run",
+        model=ModelSource(path=str(tmp_path / "model")),
+        method=ProSparse(Fixed(0.5)),
+        steps=2,
+        checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(every=1, tensorboard=False, eval_every=2, eval_tokens=100),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2, max_replicated=0.5),
+        remat="full",
+    )
+    train(run)
+    again, trained, info = load_run(run.run)
+    assert again == config and info["step"] == 2
+    moved = np.abs(trained["layers"][1]["ffn"]["gate"] - params["layers"][1]["ffn"]["gate"])
+    assert moved.shape == (32, 16) and 0 < moved.max() < 0.1
+    lines = [json.loads(line) for line in (Path(run.run) / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines[0]["sparsity"]) == 3 and lines[0]["penalty"] > 0
+
+
+def test_training_flops() -> None:
+    dense = dataclasses.replace(CONFIG, layers=None)
+    same = dataclasses.replace(CONFIG, layers=(LayerShape(48, 8),) * 3)
+    assert flops_per_token(same, 64) == flops_per_token(dense, 64)
+    widths = (4 + 4) + (6 + 8) + (8 + 6)  # of queries and values
+    matrices = model.count(model.abstract(CONFIG)) - 68 * 32
+    assert flops_per_token(CONFIG, 64) == 6 * matrices + 6 * 64 * 4 * widths / 2
