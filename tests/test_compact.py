@@ -10,9 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse import hf, model, parallel
 from jsparse import config as configs
-from jsparse.config import CheckpointConfig, ConfigError, DynamicRope, Fixed, LayerShape, LlamaConfig, LogConfig, MeshConfig, ModelSource, ProSparse, Relu, Silu
+from jsparse import hf, model, parallel
+from jsparse.config import (
+    CheckpointConfig,
+    ConfigError,
+    DynamicRope,
+    Fixed,
+    LayerShape,
+    LlamaConfig,
+    LogConfig,
+    MeshConfig,
+    ModelSource,
+    ProSparse,
+    Relu,
+    Silu,
+)
 from jsparse.inference import evaluate, generate
 from jsparse.methods import prosparse
 from jsparse.methods.patterns import NofM
@@ -24,7 +37,9 @@ from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 from tests.train_helpers import recipe
 
 SHAPES = (LayerShape(32, 4, ((0, 3), (1, 2))), LayerShape(16, 8, ((0, 1, 3), (1, 2, 3))), LayerShape(48, 6))
-CONFIG = tiny_config(vocab_size=68, num_hidden_layers=3, layers=SHAPES, attention_bias=True, mlp_bias=True, activation=Relu())
+CONFIG = tiny_config(
+    vocab_size=68, num_hidden_layers=3, layers=SHAPES, attention_bias=True, mlp_bias=True, activation=Relu()
+)
 IDS = tokens(CONFIG, 2, 12)
 
 
@@ -34,7 +49,7 @@ def zero_filled(params: model.Params, config: LlamaConfig) -> tuple[model.Params
     zeros = [jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), model.abstract(dense)["layers"]) for _ in SHAPES]
     for big, small, shape in zip(zeros, params["layers"], SHAPES, strict=True):
         pairs = shape.rope_pairs or (tuple(range(4)),) * 2
-        for part, leaf in ((part, leaf) for part in small for leaf in small[part]):
+        for part, leaf in [(p, name) for p in small for name in small[p]]:
             x = np.asarray(small[part][leaf])
             if leaf.startswith(("query", "key")):
                 for head in range(x.shape[-2]):
@@ -142,7 +157,7 @@ def test_pruning_and_thresholds_on_top() -> None:
     params = random_params(CONFIG)
     pruned, masks, report = prune(params, CONFIG, IDS, pattern=NofM(2, 4), batch_size=2)
     assert [row.weights for row in report.matrices[:4]] == [32 * 32] * 3 + [32 * 16]
-    assert float(masks["layers"][1]["ffn"]["up"].mean()) == 0.5 and float((pruned["layers"][1]["ffn"]["up"] == 0).mean()) == 0.5
+    assert all(float(x.mean()) == 0.5 for x in (masks["layers"][1]["ffn"]["up"], pruned["layers"][1]["ffn"]["up"] == 0))
     thresholds, config = prosparse.cett_thresholds(params, CONFIG, [IDS], error=0.2)
     assert [layer["ffn"]["threshold"].shape[0] for layer in thresholds["layers"]] == [32, 16, 48]
     shares = evaluate(thresholds, config, np.asarray(IDS).reshape(-1), seq_len=12).sparsity

@@ -10,7 +10,7 @@ hidden_act is any of transformers' own, or
 layers, of a searched subnet, holds for each layer
     intermediate_size   the width of its MLP
     value_dim           the width of a head's values
-    rope_pairs          of each key-value head, which rotary pairs are left of its keys and its group's queries; null: all
+    rope_pairs          of each key-value head, which rotary pairs its keys and its group's queries keep; null: all
 """
 
 from transformers import LlamaConfig

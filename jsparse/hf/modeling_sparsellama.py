@@ -70,7 +70,8 @@ class NarrowAttention(LlamaAttention):
 
     def __init__(self, config, layer_idx, shape):
         super().__init__(config, layer_idx)
-        n, k, d, bias = config.num_attention_heads, config.num_key_value_heads, config.hidden_size, config.attention_bias
+        n, k, d = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        bias = config.attention_bias
         pairs = shape["rope_pairs"] or [list(range(self.head_dim // 2))] * k
         half = self.head_dim // 2
         self.dims = [[*p, *(i + half for i in p)] for p in pairs]  # of the rotary table, of each key-value head

@@ -521,7 +521,7 @@ def prune(
     masks = _empty_masks(layers, todo[0])
     rows: list[MatrixReport] = []
     for i, plan in enumerate(todo):
-        found = prune_next(_pick(layers, i), i, stream, config, plan, pattern)
+        found = prune_next(pick(layers, i), i, stream, config, plan, pattern)
         layers, masks = _put(layers, i, found.weights), _put(masks, i, found.masks)
         rows += found.rows
         if progress:
@@ -557,7 +557,8 @@ def _pick_of_stack(layers: Any, i: Any) -> Any:
     return jax.tree.map(lambda x: x[i], layers)
 
 
-def _pick(layers: Any, i: int) -> Any:
+def pick(layers: Any, i: int) -> Any:
+    """The parameters of one block, of a stack or a list."""
     return _pick_of_stack(layers, i) if isinstance(layers, dict) else layers[i]
 
 

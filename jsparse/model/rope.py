@@ -22,9 +22,7 @@ def table(positions: jax.Array, length: jax.Array, config: LlamaConfig) -> tuple
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, kept: tuple[tuple[int, ...], ...] | None = None
-) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, kept: tuple[tuple[int, ...], ...] | None = None) -> jax.Array:
     """Rotates x [B, T, heads, H] by the table of its positions; pairs are (i, i + H/2). Keeps x's dtype.
 
     kept: where x has but some of the table's pairs, the indices of those of each key-value head.
