@@ -8,7 +8,10 @@ import numpy as np
 
 # How a test runs each backend here: the arguments that an operation takes. The reference itself is what they are held
 # against.
-BACKENDS: dict[str, dict[str, Any]] = {"xla": {"implementation": "xla"}}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "xla": {"implementation": "xla"},
+    "triton": {"implementation": "triton", "interpret": True},
+}
 
 
 def random(seed: int, *shape: int, dtype: Any = jnp.float32, scale: float = 1.0) -> jax.Array:

@@ -1,0 +1,154 @@
+"""What the kernels on Pallas's Triton backend share: the call itself, and products of few tokens with rows of weights.
+
+At a few tokens a matrix product is a stream of weights with some arithmetic beside it, and what counts is how many
+bytes are on their way at once. So a program takes a handful of rows, its threads lie side by side along a row, 16 bytes
+each, and its loads are issued before the first of them is needed. Triton wants every array's size to be a power of
+two, so rows are cut into chunks of one.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.backend import like, vary_together
+
+VECTOR = 8  # 16-bit values in the 16 bytes that a thread loads at once
+
+
+class Output:
+    """Where the programs of a kernel add their parts of y [B, D]: all into one array with atomics, or, deterministic,
+    each into its own row of [programs, B, D]."""
+
+    def __init__(self, ref: Any, deterministic: bool, interpret: Any):
+        self._ref = ref
+        self._program = pl.program_id(0)
+        self._deterministic = deterministic
+        self._interpret = interpret
+
+    def add(self, tokens: Any, k: Any, y: jax.Array, mask: jax.Array | None = None) -> None:
+        """Adds y at [tokens, k], two slices; where the output is deterministic, every place takes one part."""
+        if self._deterministic:
+            plt.store(self._ref.at[self._program, tokens, k], y, mask=mask)
+        elif self._interpret and mask is not None:  # the interpreter has no masked atomics, and needs no atomics
+            plt.store(self._ref.at[tokens, k], y + plt.load(self._ref.at[tokens, k], mask=mask), mask=mask)
+        else:
+            plt.atomic_add(self._ref, (tokens, k), y, mask=mask)
+
+    def when(self, condition: jax.Array, run: Callable[[], None]) -> None:
+        """Runs what adds to every place, or leaves zeros."""
+        pl.when(condition)(run)
+        if self._deterministic:
+
+            @pl.when(jnp.logical_not(condition))
+            def _() -> None:
+                _, tokens, width = self._ref.shape
+                for b in range(tokens):
+                    for k in columns(width, power_of_two(1024, width)):
+                        self._ref[self._program, b, k] = jnp.zeros(k.size, jnp.float32)
+
+
+def accumulate(
+    kernel: Callable[..., None],
+    operands: tuple[jax.Array, ...],
+    residual: jax.Array | None,
+    *,
+    programs: int,
+    warps: int,
+    stages: int,
+    deterministic: bool,
+    interpret: Any,
+) -> jax.Array:
+    """residual + the sum of what `programs` programs of `kernel` add, float32 of the first operand's shape.
+
+    The kernel gets the operands, whole, in global memory, and an `Output`.
+
+    JAX warns at lowering that it will drop Pallas's Triton backend. Nobody who calls our operations can act on that, so
+    the warning is turned off here, for this message alone.
+    """
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    x = operands[0]
+
+    def body(*refs: Any) -> None:
+        kernel(*refs[: len(operands)], Output(refs[-1], deterministic, interpret))
+
+    def run(shape: tuple[int, ...], *operands: jax.Array, **alias: Any) -> jax.Array:
+        return pl.pallas_call(
+            body,
+            grid=(programs,),
+            in_specs=[pl.no_block_spec] * len(operands),
+            out_specs=pl.no_block_spec,
+            out_shape=like(x, shape, jnp.float32),
+            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=interpret,
+            **alias,
+        )(*operands)
+
+    if deterministic:
+        y = jnp.sum(run((programs, *x.shape), *operands), axis=0)
+        return y if residual is None else residual + y
+    start = vary_together((x, jnp.zeros(x.shape, jnp.float32)))[1] if residual is None else residual
+    return run(x.shape, *operands, start, input_output_aliases={len(operands): 0})
+
+
+def power_of_two(wanted: int, of: int) -> int:
+    """The largest power of two that is at most `wanted` and divides `of`."""
+    size = of & -of
+    while size > wanted:
+        size //= 2
+    return size
+
+
+def columns(width: int, chunk: int) -> list[Any]:
+    """The chunks of a row."""
+    return [pl.ds(start, chunk) for start in range(0, width, chunk)]
+
+
+def load_tokens(x_ref: Any, chunks: Sequence[Any]) -> list[list[jax.Array]]:
+    """x [B, D] in registers, [token][chunk]."""
+    return [[x_ref[b, k] for k in chunks] for b in range(x_ref.shape[0])]
+
+
+def load_weights(w_ref: Any, rows: Any, k: Any, keep: jax.Array | None = None) -> jax.Array:
+    """A tile [rows, chunk], read once and not to stay in the cache. Rows outside `keep` are not read."""
+    if keep is None:
+        return plt.load(w_ref.at[rows, k], eviction_policy="evict_first")
+    index = rows[:, None], k.start + jnp.arange(k.size)[None]
+    return plt.load(w_ref.at[index], mask=keep[:, None], other=0.0, eviction_policy="evict_first")
+
+
+def row_products(
+    w_refs: Sequence[Any], rows: Any, x: list[list[jax.Array]], chunks: Sequence[Any], keep: jax.Array | None = None
+) -> list[list[jax.Array]]:
+    """Products of rows of several matrices with every token: [matrix][token], each float32 [rows].
+
+    Each thread sums what it loaded; the threads meet once, at the end.
+    """
+
+    def per_thread(tile: jax.Array, x: jax.Array) -> jax.Array:
+        product = tile.astype(jnp.float32) * x.astype(jnp.float32)[None]
+        n, size = product.shape
+        return jnp.sum(product.reshape(n, max(size // VECTOR, 1), -1), axis=2)
+
+    sums: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
+    for c, k in enumerate(chunks):
+        for m, tile in enumerate([load_weights(w_ref, rows, k, keep) for w_ref in w_refs]):
+            sums[m] = [s + per_thread(tile, token[c]) for s, token in zip(sums[m], x, strict=True)]
+    return [[jnp.sum(s, axis=1) for s in per_token] for per_token in sums]
+
+
+def weighted_rows(tile: jax.Array, h: jax.Array) -> jax.Array:
+    """The sum over the rows of h[row] tile[row]: tile [rows, chunk], h float32 [rows] -> float32 [chunk]."""
+    return jnp.sum(tile.astype(jnp.float32) * h[:, None], axis=0)
+
+
+def erf(x: jax.Array) -> jax.Array:
+    """The error function to 1.5e-7 (Abramowitz and Stegun 7.1.26), which this backend does not have."""
+    t = 1.0 / (1.0 + 0.3275911 * jnp.abs(x))
+    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    y = 1.0 - poly * jnp.exp(-x * x)
+    return jnp.where(x < 0, -y, y)
