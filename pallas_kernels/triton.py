@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import triton_atomics
 from pallas_kernels.backend import like, vary_together
 
 VECTOR = 8  # 16-bit values in the 16 bytes that a thread loads at once
@@ -34,10 +35,11 @@ class Output:
         """Adds y at [tokens, k], two slices; where the output is deterministic, every place takes one part."""
         if self._deterministic:
             plt.store(self._ref.at[self._program, tokens, k], y, mask=mask)
-        elif self._interpret and mask is not None:  # the interpreter has no masked atomics, and needs no atomics
-            plt.store(self._ref.at[tokens, k], y + plt.load(self._ref.at[tokens, k], mask=mask), mask=mask)
+        elif self._interpret:  # one program after another, and no atomics with masks
+            place = self._ref.at[tokens, k]
+            plt.store(place, y + plt.load(place, mask=mask), mask=mask)
         else:
-            plt.atomic_add(self._ref, (tokens, k), y, mask=mask)
+            triton_atomics.add(self._ref, (tokens, k), y, mask)
 
     def when(self, condition: jax.Array, run: Callable[[], None]) -> None:
         """Runs what adds to every place, or leaves zeros."""

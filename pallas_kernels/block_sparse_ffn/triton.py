@@ -174,7 +174,7 @@ def _dot_kernel(
 
         _over(width, tuning.down_chunk, add, None)
 
-    out.when(jnp.any(wanted), run)
+    out.when(jnp.sum(wanted.astype(jnp.int32)) > 0, run)
 
 
 def _over(width: int, chunk: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
