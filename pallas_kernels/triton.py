@@ -6,6 +6,8 @@ each, and its loads are issued before the first of them is needed. Triton wants 
 two, so rows are cut into chunks of one.
 """
 
+import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,8 +52,32 @@ class Output:
             def _() -> None:
                 _, tokens, width = self._ref.shape
                 for b in range(tokens):
-                    for k in columns(width, power_of_two(1024, width)):
+                    for k in columns(width, 1024):
                         self._ref[self._program, b, k] = jnp.zeros(k.size, jnp.float32)
+
+
+def call(kernel: Callable[..., None], out: jax.ShapeDtypeStruct, *, programs: int, warps: int, stages: int = 1,
+         interpret: Any, aliases: dict[int, int] | None = None) -> Callable[..., jax.Array]:  # fmt: skip
+    """`pl.pallas_call` on the Triton backend, every array whole in global memory.
+
+    JAX warns at lowering that it will drop this backend. Nobody who calls our operations can act on that, so the
+    warning is turned off here, for this message alone.
+    """
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+    def run(*operands: jax.Array) -> jax.Array:
+        return pl.pallas_call(
+            kernel,
+            grid=(programs,),
+            in_specs=[pl.no_block_spec] * len(operands),
+            out_specs=pl.no_block_spec,
+            out_shape=out,
+            input_output_aliases=aliases or {},
+            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=interpret,
+        )(*operands)
+
+    return run
 
 
 def accumulate(
@@ -60,41 +86,25 @@ def accumulate(
     residual: jax.Array | None,
     *,
     programs: int,
-    warps: int,
-    stages: int,
     deterministic: bool,
     interpret: Any,
+    **launch: Any,
 ) -> jax.Array:
     """residual + the sum of what `programs` programs of `kernel` add, float32 of the first operand's shape.
 
-    The kernel gets the operands, whole, in global memory, and an `Output`.
-
-    JAX warns at lowering that it will drop Pallas's Triton backend. Nobody who calls our operations can act on that, so
-    the warning is turned off here, for this message alone.
+    The kernel gets the operands and an `Output`.
     """
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     x = operands[0]
 
     def body(*refs: Any) -> None:
         kernel(*refs[: len(operands)], Output(refs[-1], deterministic, interpret))
 
-    def run(shape: tuple[int, ...], *operands: jax.Array, **alias: Any) -> jax.Array:
-        return pl.pallas_call(
-            body,
-            grid=(programs,),
-            in_specs=[pl.no_block_spec] * len(operands),
-            out_specs=pl.no_block_spec,
-            out_shape=like(x, shape, jnp.float32),
-            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-            interpret=interpret,
-            **alias,
-        )(*operands)
-
+    run = functools.partial(call, body, programs=programs, interpret=interpret, **launch)
     if deterministic:
-        y = jnp.sum(run((programs, *x.shape), *operands), axis=0)
+        y = jnp.sum(run(like(x, (programs, *x.shape), jnp.float32))(*operands), axis=0)
         return y if residual is None else residual + y
     start = vary_together((x, jnp.zeros(x.shape, jnp.float32)))[1] if residual is None else residual
-    return run(x.shape, *operands, start, input_output_aliases={len(operands): 0})
+    return run(like(x, x.shape, jnp.float32), aliases={len(operands): 0})(*operands, start)
 
 
 def power_of_two(wanted: int, of: int) -> int:
@@ -106,8 +116,14 @@ def power_of_two(wanted: int, of: int) -> int:
 
 
 def columns(width: int, chunk: int) -> list[Any]:
-    """The chunks of a row."""
-    return [pl.ds(start, chunk) for start in range(0, width, chunk)]
+    """A row cut into chunks, each a power of two: as many of `chunk` as fit, then smaller ones."""
+    chunks, start = [], 0
+    while start < width:
+        while chunk > width - start:
+            chunk //= 2
+        chunks.append(pl.ds(start, chunk))
+        start += chunk
+    return chunks
 
 
 def load_tokens(x_ref: Any, chunks: Sequence[Any]) -> list[list[jax.Array]]:
@@ -115,16 +131,21 @@ def load_tokens(x_ref: Any, chunks: Sequence[Any]) -> list[list[jax.Array]]:
     return [[x_ref[b, k] for k in chunks] for b in range(x_ref.shape[0])]
 
 
-def load_weights(w_ref: Any, rows: Any, k: Any, keep: jax.Array | None = None) -> jax.Array:
-    """A tile [rows, chunk], read once and not to stay in the cache. Rows outside `keep` are not read."""
+def load_weights(w_ref: Any, rows: Any, k: Any, keep: jax.Array | None = None, again: bool = False) -> jax.Array:
+    """A tile [rows, chunk], not to stay in the cache unless it is read `again`. Rows outside `keep` are not read."""
     if keep is None:
-        return plt.load(w_ref.at[rows, k], eviction_policy="evict_first")
+        return plt.load(w_ref.at[rows, k], eviction_policy=None if again else "evict_first")
     index = rows[:, None], k.start + jnp.arange(k.size)[None]
     return plt.load(w_ref.at[index], mask=keep[:, None], other=0.0, eviction_policy="evict_first")
 
 
 def row_products(
-    w_refs: Sequence[Any], rows: Any, x: list[list[jax.Array]], chunks: Sequence[Any], keep: jax.Array | None = None
+    w_refs: Sequence[Any],
+    rows: Any,
+    x: list[list[jax.Array]],
+    chunks: Sequence[Any],
+    keep: jax.Array | None = None,
+    again: bool = False,
 ) -> list[list[jax.Array]]:
     """Products of rows of several matrices with every token: [matrix][token], each float32 [rows].
 
@@ -136,11 +157,15 @@ def row_products(
         n, size = product.shape
         return jnp.sum(product.reshape(n, max(size // VECTOR, 1), -1), axis=2)
 
-    sums: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
-    for c, k in enumerate(chunks):
-        for m, tile in enumerate([load_weights(w_ref, rows, k, keep) for w_ref in w_refs]):
-            sums[m] = [s + per_thread(tile, token[c]) for s, token in zip(sums[m], x, strict=True)]
-    return [[jnp.sum(s, axis=1) for s in per_token] for per_token in sums]
+    products: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
+    for _, same_size in itertools.groupby(enumerate(chunks), key=lambda chunk: chunk[1].size):
+        sums: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
+        for c, k in same_size:
+            for m, tile in enumerate([load_weights(w_ref, rows, k, keep, again) for w_ref in w_refs]):
+                sums[m] = [s + per_thread(tile, token[c]) for s, token in zip(sums[m], x, strict=True)]
+        for m, per_token in enumerate(sums):
+            products[m] = [p + jnp.sum(s, axis=1) for p, s in zip(products[m], per_token, strict=True)]
+    return products
 
 
 def weighted_rows(tile: jax.Array, h: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ class Case:
         return jnp.asarray(keep)
 
     def predictor(self, rank: int = 8) -> Predictor:
-        down, up = random(5, self.width, rank, dtype=self.dtype), random(6, self.neurons, rank, dtype=self.dtype)
+        down, up = random(5, rank, self.width, dtype=self.dtype), random(6, self.neurons, rank, dtype=self.dtype)
         return Predictor(down, up, jnp.full(self.neurons, {0.0: jnp.inf, 1.0: -jnp.inf}.get(self.active, 3.0)))
 
     def base(self) -> jax.Array | None:
@@ -102,7 +102,7 @@ def test_block_sparse(case: Case, backend: dict[str, Any]) -> None:
 @pytest.mark.parametrize("router_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
 def test_router(threshold: float, router_dtype: Any, backend: dict[str, Any]) -> None:
-    case = Case(tokens=3, dtype=jnp.bfloat16)
+    case = Case(tokens=3, width=80, dtype=jnp.bfloat16)
     x, weights = case.x(), case.weights()
     router = random(8, case.neurons // case.block, case.width, dtype=router_dtype, scale=0.2)
     scores = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32).T))
@@ -180,6 +180,19 @@ def test_neuron_sparse(predicted: bool, case: Case, backend: dict[str, Any]) -> 
         got = run(deterministic=deterministic, **backend)
         assert got.dtype == (jnp.float32 if case.residual else case.dtype)
         assert_close(got, expected, case.dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("predicted", [False, True])
+def test_cutoff(predicted: bool, backend: dict[str, Any]) -> None:
+    case = Case(tokens=2, activation=RELU)
+    x, weights, predictor = case.x(), case.weights(), case.predictor() if predicted else None
+    cutoff = jnp.abs(random(10, case.neurons))
+    run = lambda **kw: neuron_sparse_ffn(x, weights, predictor, cutoff=cutoff, activation=RELU, **kw)
+    expected = run(implementation="reference")
+    assert_close(run(**backend), expected)
+    without = neuron_sparse_ffn(x, weights, predictor, activation=RELU, implementation="reference")
+    assert jnp.abs(expected - without).max() > 1e-2
 
 
 @every_backend

@@ -64,14 +64,9 @@ def block_sparse_ffn(
     tuning: Tuning | None = None,
 ) -> jax.Array:
     """As `reference.block_sparse_ffn`, the hidden values rounded to x's dtype on the dot path."""
-    (tokens, width), neurons = x.shape, weights.gate.shape[0]
-    tuning = tuning or default_tuning(tokens, x.dtype)
-    tuning = replace(
-        tuning,
-        rows=shared.power_of_two(tuning.rows, block_size),
-        chunk=shared.power_of_two(tuning.chunk, width),
-        down_chunk=shared.power_of_two(tuning.down_chunk, width),
-    )
+    neurons = weights.gate.shape[0]
+    tuning = tuning or default_tuning(x.shape[0], x.dtype)
+    tuning = replace(tuning, rows=shared.power_of_two(tuning.rows, block_size))
     chosen = tuple(choice) if isinstance(choice, Router) else (choice.astype(jnp.int32),)
     kernel = functools.partial(
         {"fma": _fma_kernel, "dot": _dot_kernel}[tuning.path],
@@ -105,8 +100,7 @@ def _fma_kernel(
 
     if routed:
         router_ref, threshold_ref = choice_refs
-        router = [router_ref[block, k].astype(jnp.float32) for k in chunks]
-        scores = [sum(r * c.astype(jnp.float32) for r, c in zip(router, token, strict=True)) for token in x]
+        (scores,) = shared.row_products([router_ref], pl.ds(block, 1), x, chunks, again=True)
         wanted = [jax.lax.logistic(jnp.sum(s)) > threshold_ref[0] for s in scores]
     else:
         wanted = [choice_refs[0][b, block] > 0 for b in range(tokens)]
@@ -178,5 +172,6 @@ def _dot_kernel(
 
 
 def _over(width: int, chunk: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Carries a value over the chunks of a row, in a loop whose loads Triton issues ahead."""
+    """Carries a value over the chunks of a row, in a loop whose loads Triton issues ahead: chunks of one size."""
+    chunk = shared.power_of_two(chunk, width)
     return jax.lax.fori_loop(0, width // chunk, lambda i, carry: body(pl.ds(i * chunk, chunk), carry), carry)

@@ -21,6 +21,7 @@ def neuron_sparse_ffn(
     predictor: Predictor | None = None,
     *,
     activation: Activation,
+    cutoff: jax.Array | None = None,
     residual: jax.Array | None = None,
     implementation: Implementation | None = None,
     deterministic: bool = False,
@@ -34,13 +35,15 @@ def neuron_sparse_ffn(
     activation is not zero for some token. With one, the rows of all three matrices are read where it says so for some
     token, and neurons that it misses count as zero. Sums are float32.
 
-    The derivative is with respect to x, the weights and the residual, through dense products; the predictor's choice
-    has none, so its arrays get zeros.
+    The derivative is with respect to x, the weights and the residual, through dense products; which neurons count has
+    none, so the predictor's arrays and the cutoff get zeros.
 
     Args:
         x: [B, D] float32, bfloat16 or float16, 1 <= B <= 16 where a Pallas backend is to run it.
         weights: of x's dtype, [F, D] each.
         predictor: see `Predictor`.
+        cutoff: float32 [F]; a product of activation and up that is smaller in magnitude counts as zero (CETT), and its
+            row of down is not read.
         residual: float32 [B, D] to which the result is added.
         implementation: a backend's name, which fails where it cannot run; None takes the best that can.
         deterministic: the same bits at every run. Kernels that add with atomics store partial sums instead.
@@ -53,8 +56,8 @@ def neuron_sparse_ffn(
     check_ffn(x, weights, residual)
     neurons, d = weights.gate.shape
     if predictor is not None:
-        rank = predictor.down.shape[-1]
-        expected = {"down": (d, rank), "up": (neurons, rank), "threshold": (neurons,)}
+        rank = predictor.down.shape[0]
+        expected = {"down": (rank, d), "up": (neurons, rank), "threshold": (neurons,)}
         for (name, shape), array in zip(expected.items(), predictor, strict=True):
             if array.shape != shape:
                 raise ValueError(f"predictor.{name}: expected shape {shape}, got {array.shape}")
@@ -63,9 +66,11 @@ def neuron_sparse_ffn(
                 "predictor: expected up of down's dtype and a float32 threshold, "
                 f"got {', '.join(str(a.dtype) for a in predictor)}"
             )
+    if cutoff is not None and (cutoff.shape != (neurons,) or cutoff.dtype != jnp.float32):
+        raise ValueError(f"cutoff: expected float32 {(neurons,)}, got {cutoff.dtype} {cutoff.shape}")
 
-    operands = backend.vary_together((x, weights, predictor, residual))
-    module = backend.choose(__package__, implementation, x, weights, predictor)
+    operands = backend.vary_together((x, weights, predictor, cutoff, residual))
+    module = backend.choose(__package__, implementation, x, weights, predictor, cutoff)
     y = _run(_Static(module.neuron_sparse_ffn, activation, deterministic, interpret), *operands)
     return y if residual is not None else y.astype(x.dtype)
 
@@ -79,12 +84,18 @@ class _Static:
 
 
 def _call(
-    static: _Static, x: jax.Array, weights: PackedFFN, predictor: Predictor | None, residual: jax.Array | None
+    static: _Static,
+    x: jax.Array,
+    weights: PackedFFN,
+    predictor: Predictor | None,
+    cutoff: jax.Array | None,
+    residual: jax.Array | None,
 ) -> jax.Array:
     return static.run(
         x,
         weights,
         predictor,
+        cutoff,
         residual=residual,
         activation=static.activation,
         deterministic=static.deterministic,
@@ -100,11 +111,11 @@ def _forward(static: _Static, *operands: Any) -> tuple[jax.Array, tuple[Any, ...
 
 
 def _backward(static: _Static, operands: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    x, weights, predictor, residual = operands
+    x, weights, predictor, cutoff, residual = operands
     dense = dataclasses.replace(static, run=xla.neuron_sparse_ffn)
-    _, vjp = jax.vjp(lambda x, weights, residual: _call(dense, x, weights, predictor, residual), x, weights, residual)
+    _, vjp = jax.vjp(lambda x, w, residual: _call(dense, x, w, predictor, cutoff, residual), x, weights, residual)
     dx, dweights, dresidual = vjp(dy)
-    return dx, dweights, None, dresidual
+    return dx, dweights, None, None, dresidual
 
 
 _run.defvjp(_forward, _backward)

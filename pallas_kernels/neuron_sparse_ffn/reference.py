@@ -9,31 +9,37 @@ from pallas_kernels.ffn import Activation, PackedFFN, activate
 
 
 class Predictor(NamedTuple):
-    """A low-rank guess of which neurons a token activates: neuron f where (x down) . up[f] > threshold[f].
+    """A low-rank guess of which neurons a token activates: neuron f where relu(down x) . up[f] > threshold[f].
 
     A bias b is the threshold -b; to ask a logistic predictor for a probability p, add log(p / (1 - p)).
     """
 
-    down: jax.Array  # [D, R], R the rank, of any float dtype; x is converted to it
+    down: jax.Array  # [R, D], R the rank, of any float dtype; x is converted to it
     up: jax.Array  # [F, R], neuron by neuron
     threshold: jax.Array  # [F] float32
 
 
-def unsupported(x: jax.Array, weights: PackedFFN, predictor: Predictor | None) -> str | None:
+def unsupported(x: jax.Array, weights: PackedFFN, predictor: Predictor | None, cutoff: jax.Array | None) -> str | None:
     return None
 
 
+def project(x: jax.Array, predictor: Predictor) -> jax.Array:
+    """relu(down x), rounded to the predictor's dtype: x [B, D] -> [B, R]."""
+    z = jnp.dot(x.astype(predictor.down.dtype), predictor.down.T, preferred_element_type=jnp.float32)
+    return jnp.maximum(z, 0.0).astype(predictor.down.dtype)
+
+
 def predicted_neurons(x: jax.Array, predictor: Predictor) -> jax.Array:
-    """x [B, D] -> bool [B, F]. The projection is rounded to the predictor's dtype."""
-    dtype = predictor.down.dtype
-    z = jnp.dot(x.astype(dtype), predictor.down, preferred_element_type=jnp.float32).astype(dtype)
-    return jnp.dot(z, predictor.up.T, preferred_element_type=jnp.float32) > predictor.threshold[None]
+    """The neurons that the predictor names: x [B, D] -> bool [B, F]."""
+    scores = jnp.dot(project(x, predictor), predictor.up.T, preferred_element_type=jnp.float32)
+    return scores > predictor.threshold[None]
 
 
 def neuron_sparse_ffn(
     x: jax.Array,
     weights: PackedFFN,
     predictor: Predictor | None,
+    cutoff: jax.Array | None,
     *,
     residual: jax.Array | None,
     activation: Activation,
@@ -44,6 +50,8 @@ def neuron_sparse_ffn(
     gate, up, down = (w.astype(jnp.float32) for w in weights)
     x32 = x.astype(jnp.float32)
     hidden = activate(activation, jnp.dot(x32, gate.T, precision="highest")) * jnp.dot(x32, up.T, precision="highest")
+    if cutoff is not None:
+        hidden = jnp.where(jnp.abs(hidden) >= cutoff[None], hidden, 0.0)
     if predictor is not None:
         hidden = jnp.where(predicted_neurons(x, predictor), hidden, 0.0)
     y = jnp.dot(hidden, down, precision="highest")

@@ -7,7 +7,7 @@ from pallas_kernels.ffn import Activation, PackedFFN, activate
 from pallas_kernels.neuron_sparse_ffn.reference import Predictor, predicted_neurons
 
 
-def unsupported(x: jax.Array, weights: PackedFFN, predictor: Predictor | None) -> str | None:
+def unsupported(x: jax.Array, weights: PackedFFN, predictor: Predictor | None, cutoff: jax.Array | None) -> str | None:
     return None
 
 
@@ -15,6 +15,7 @@ def neuron_sparse_ffn(
     x: jax.Array,
     weights: PackedFFN,
     predictor: Predictor | None,
+    cutoff: jax.Array | None,
     *,
     residual: jax.Array | None,
     activation: Activation,
@@ -25,6 +26,8 @@ def neuron_sparse_ffn(
     gate = jnp.dot(x, weights.gate.T, preferred_element_type=jnp.float32)
     up = jnp.dot(x, weights.up.T, preferred_element_type=jnp.float32)
     hidden = activate(activation, gate) * up
+    if cutoff is not None:
+        hidden = jnp.where(jnp.abs(hidden) >= cutoff[None], hidden, 0.0)
     if predictor is not None:
         hidden = jnp.where(predicted_neurons(x, predictor), hidden, 0.0)
     y = jnp.dot(hidden.astype(x.dtype), weights.down, preferred_element_type=jnp.float32)
