@@ -149,6 +149,8 @@ class Generate:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    # how FFNs are computed: whole, by the best kernel that skips what is not used, or by a named one; auto: the faster
+    implementation: Literal["auto", "dense", "sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"] = "auto"
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
 
@@ -162,19 +164,22 @@ class Generate:
         with _model(self.model, self.compute) as (config, params):
             stream = _Stream(tokenizer, self.prompt[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
             found = generate(params, config, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling,
-                             seed=self.seed, on_token=stream)  # fmt: skip
+                             seed=self.seed, on_token=stream, implementation=self.implementation)  # fmt: skip
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found.tokens]
         if stream:
             print()
         else:
             print("\n\n".join(p + t for p, t in zip(self.prompt, texts, strict=True)))
         speed = found.decode_tokens_per_second
-        print(f"[{sum(map(len, found.tokens))} tokens; decode {speed:.1f} tokens/s]", file=sys.stderr)
+        print(
+            f"[{sum(map(len, found.tokens))} tokens; decode {speed:.1f} tokens/s, {found.implementation}]",
+            file=sys.stderr,
+        )
         rows = [{"prompt": p, "text": t, "tokens": ids}
                 for p, t, ids in zip(self.prompt, texts, found.tokens, strict=True)]  # fmt: skip
         _write_json(out, {"command": "generate", "model": self.model, "texts": rows,
                           "prefill_seconds": found.prefill_seconds, "decode_seconds": found.decode_seconds,
-                          "decode_tokens_per_second": speed})  # fmt: skip
+                          "decode_tokens_per_second": speed, "implementation": found.implementation})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -390,11 +395,10 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure speed on this machine: of the training step."""
+class BenchTrain:
+    """Time the training step: dense, ReLU and ProSparse."""
 
-    what: Positional[Literal["train"]]
-    shape: str = "smollm2-135m"  # a named model shape, see jsparse.bench.SHAPES
+    shape: str = "smollm2-135m"  # a named model shape, see jsparse.bench.shapes
     batch_size: int = 32  # sequences a step
     seq_len: int = 2048
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -404,22 +408,148 @@ class Bench:
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
 
     def run(self) -> None:
-        import jax
+        from jsparse.bench.train import bench_train
 
-        from jsparse.bench import SHAPES, bench_train
-
-        check(self.shape in SHAPES, "--shape", f"one of {', '.join(SHAPES)}", self.shape)
-        out = _result_path(self.result, "bench", self.what, self.shape)
+        _shape(self.shape)
+        out = _result_path(self.result, "bench", "train", self.shape)
         found = bench_train(self.shape, batch_size=self.batch_size, seq_len=self.seq_len, dtype=self.dtype,
                             remat=self.remat, unroll=self.unroll, steps=self.steps)  # fmt: skip
         for row in found:
             mfu = "" if row.mfu is None else f"  MFU {row.mfu:.1%}"
             print(f"{row.name:14} {row.step_seconds * 1e3:8.1f} ms  {row.tokens_per_second:10,.0f} tokens/s{mfu}"
                   f"  {row.overhead:+.1%}  {row.memory_bytes / 2**30:.1f} GiB")  # fmt: skip
-        device = jax.devices()[0].device_kind
-        _write_json(out, {"command": "bench train", "device": device, "devices": jax.device_count(),
-                          "jax": jax.__version__, "settings": dataclasses.asdict(self),
-                          "rows": [dataclasses.asdict(row) for row in found]})  # fmt: skip
+        _write_measurements(out, "train", self, {"rows": [dataclasses.asdict(row) for row in found]})
+
+
+@dataclass(frozen=True)
+class BenchFfn:
+    """Time a layer's FFN in a step of decoding, dense and sparse, beside the limit that its bytes set."""
+
+    shape: tuple[str, ...] = ("llama2-7b",)  # named model shapes, see jsparse.bench.shapes
+    kind: tuple[Literal["blocks", "neurons", "predicted"], ...] = ("blocks", "neurons", "predicted")  # what is skipped
+    # kernels; sparse: the best
+    implementation: tuple[Literal["sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"], ...] = ("sparse",)
+    batch: tuple[int, ...] = (1, 2, 4, 8, 16)  # rows
+    sparsity: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+    rank: int = 1024  # of the predictors
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    seconds: float = 300.0  # what does not fit is left out
+    probe_bytes: int = 2**30  # of the arrays that measure the bandwidth
+    result: Annotated[Result, tyro.conf.arg(name="")] = Result()
+
+    def run(self) -> None:
+        from jsparse.bench.ffn import bench_ffn, fit_lines
+        from jsparse.bench.timing import Budget, bandwidth
+
+        shapes = {name: _shape(name) for name in self.shape}
+        out = _result_path(self.result, "bench", "ffn", *self.shape)
+        budget = Budget(self.seconds)
+        speed = bandwidth(self.probe_bytes)
+        print(f"copy {speed.copy / 1e12:.3f} TB/s, read {speed.read / 1e12:.3f} TB/s", flush=True)
+        rows, lines = [], {}
+        for name, shape in shapes.items():
+            print(name)
+            found = bench_ffn(shape, speed, kinds=self.kind, implementations=self.implementation, batches=self.batch,
+                              sparsities=self.sparsity, dtype=self.dtype, rank=self.rank, budget=budget,
+                              tell=_tell)  # fmt: skip
+            lines[name] = fit_lines(found, speed)
+            rows += [{"shape": name} | dataclasses.asdict(row) for row in found]
+        for name, fitted in lines.items():
+            print(f"\n{name}: a layer in us, start + bytes / rate (jsparse.inference.costs.LINES)")
+            for kind, by_batch in fitted.items():
+                shown = ", ".join(f"{b}: Line({x.start:.1f}, {x.rate:.3g})" for b, x in by_batch.items())
+                print(f'    "{kind}": {{{shown}}},')
+        _print_speeds(rows, ("shape", "batch", "kind", "implementation", "measured", "us"))
+        fits = {name: {kind: {b: dataclasses.asdict(x) for b, x in by.items()} for kind, by in fitted.items()}
+                for name, fitted in lines.items()}  # fmt: skip
+        _write_measurements(out, "ffn", self, {"bandwidth": dataclasses.asdict(speed), "rows": rows, "lines": fits})
+
+
+@dataclass(frozen=True)
+class BenchDecode:
+    """Time decoding of a whole model, dense and sparse, beside the limit that its bytes set."""
+
+    shape: str = "llama2-7b"  # a named model shape, see jsparse.bench.shapes
+    variant: tuple[str, ...] = ()  # see jsparse.bench.decode.VARIANTS; by default all
+    implementation: Literal["sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"] = (
+        "sparse"  # kernel; sparse: the best
+    )
+    batch: tuple[int, ...] = (1,)  # rows
+    context: int = 512  # tokens in the cache at the first step
+    steps: int = 64  # timed
+    rank: int = 1024  # of the predictors
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    seconds: float = 300.0  # what does not fit is left out
+    probe_bytes: int = 2**30  # of the arrays that measure the bandwidth
+    result: Annotated[Result, tyro.conf.arg(name="")] = Result()
+
+    def run(self) -> None:
+        from jsparse.bench.decode import VARIANTS, bench_decode
+        from jsparse.bench.timing import Budget, bandwidth
+
+        shape = _shape(self.shape)
+        for name in self.variant:
+            check(name in VARIANTS, "--variant", f"one of {', '.join(VARIANTS)}", name)
+        out = _result_path(self.result, "bench", "decode", self.shape)
+        budget = Budget(self.seconds)
+        speed = bandwidth(self.probe_bytes)
+        print(f"copy {speed.copy / 1e12:.3f} TB/s, read {speed.read / 1e12:.3f} TB/s", flush=True)
+        rows = []
+        for batch in self.batch:
+            found = bench_decode(shape, speed, variants=self.variant or tuple(VARIANTS), batch=batch,
+                                 implementation=self.implementation, context=self.context, steps=self.steps,
+                                 dtype=self.dtype, rank=self.rank, budget=budget, tell=_tell)  # fmt: skip
+            rows += [{"shape": self.shape} | dataclasses.asdict(row) for row in found]
+        _print_speeds(rows, ("shape", "batch", "name", "measured", "ms", "tokens_per_second"))
+        _write_measurements(out, "decode", self, {"bandwidth": dataclasses.asdict(speed), "rows": rows})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed on this machine: of the training step, of a layer's FFN while decoding, of decoding."""
+
+    what: Union[  # noqa: UP007
+        Annotated[BenchTrain, tyro.conf.subcommand("train")],
+        Annotated[BenchFfn, tyro.conf.subcommand("ffn")],
+        Annotated[BenchDecode, tyro.conf.subcommand("decode")],
+    ]
+
+    def run(self) -> None:
+        self.what.run()
+
+
+def _shape(name: str) -> Any:
+    from jsparse.bench.shapes import SHAPES
+
+    check(name in SHAPES, "--shape", f"one of {', '.join(SHAPES)}", name)
+    return SHAPES[name]
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _print_speeds(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Measurements as a table, each beside its limit and the best dense one."""
+    from rich.table import Table
+
+    table = Table(*columns, "limit", "of limit", "speed-up", "its limit", box=None)
+    for row in rows:
+        limit = row.get("limit_us", row.get("limit_ms"))
+        shown = [f"{x:.1%}" if name == "measured" else f"{x:.3g}" if isinstance(x, float) else str(x)
+                 for name, x in ((name, row[name]) for name in columns)]  # fmt: skip
+        table.add_row(*shown, f"{limit:.3g}", f"{row['fraction']:.0%}", f"{row['speedup']:.2f}x",
+                      f"{row['speedup_limit']:.2f}x")  # fmt: skip
+    _print_table(table)
+
+
+def _write_measurements(path: Path, what: str, command: Any, values: dict[str, Any]) -> None:
+    """The JSON of a benchmark, with the device that it ran on."""
+    import jax
+
+    _write_json(path, {"command": f"bench {what}", "device": jax.devices()[0].device_kind,
+                       "devices": jax.device_count(), "jax": jax.__version__,
+                       "settings": dataclasses.asdict(command)} | values)  # fmt: skip
 
 
 COMMANDS = {

@@ -180,6 +180,8 @@ def test_help_shows_every_field(command, capsys):
         (["import", "text.txt", "out"], 1, "text.txt"),
         (["report", "nothing", "--out", "page2"], 2, "nothing"),
         (["bench", "train", "--shape", "llama9"], 2, "smollm2-135m"),
+        (["bench", "ffn", "--shape", "llama9"], 2, "smollm2-135m"),
+        (["bench", "decode", "--variant", "LTE"], 2, "LTE 50 %"),
         (["eval", "model", "--data", "text.txt", "--mesh", "3", "1", "1"], 2, "mesh"),
     ],
 )

@@ -139,8 +139,8 @@ def test_decoding_ends_when_all_rows_have_stopped(params):
     prompts = np.ones((2, 16), np.int32)
     for stops, length in ((np.arange(CONFIG.vocab_size, dtype=np.int32), 16), (jnp.full(67, -1), 29)):
         choice = Choice(np.zeros(2, np.uint32), stops, {})
-        state = _prefill(params, prompts, start, running, choice, config=CONFIG, slots=64)
-        assert _decode(params, state, choice, 30, config=CONFIG).cache.length == length
+        state = _prefill(params, prompts, start, running, choice, config=CONFIG, slots=64)[0]
+        assert _decode(params, state, choice, 30, config=CONFIG, implementation="dense").cache.length == length
 
 
 # --------------------------------------------------------------------------------------------------------------------

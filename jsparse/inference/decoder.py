@@ -12,17 +12,34 @@ bandwidth, plus what each kernel takes to start. Hence this form:
 - the residual stream is float32, and the FFN's kernel adds to it in place.
 
 The dense pass over several tokens (the prompt) runs on the same arrays: there is no second copy of the weights.
+
+What a decoder can skip depends on its model:
+
+    blocks      a router names the blocks of neurons that a token uses (LTE, mode "hard")
+    neurons     the gate's activation is zero for most neurons: the gate is computed whole, up and down only where it
+                is not zero (ReLU, FATReLU, CATS; exact)
+    predicted   a predictor names the neurons, and the gate is skipped too (approximate)
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jsparse.config import LayerShape, LlamaConfig
-from jsparse.model import Cache, Params, activate, rms_norm
+from jsparse import config as configs
+from jsparse.config import LayerShape, LlamaConfig, check
+from jsparse.model import Cache, Params, activate, rms_norm, routing
 from jsparse.model.llama import cached_place
 from jsparse.model.modules import LayerCache, Place, mix_heads
+from pallas_kernels.block_sparse_ffn import block_sparse_ffn
+from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
+from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
+from pallas_kernels.neuron_sparse_ffn.reference import predicted_neurons
+
+Kind = Literal["blocks", "neurons", "predicted"]
+# How an FFN of one token a row is computed: whole, by the best kernel there is, or by a named one
+Implementation = Literal["dense", "sparse", "reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"]
 
 
 class Attention(NamedTuple):
@@ -33,13 +50,16 @@ class Attention(NamedTuple):
 
 
 class Ffn(NamedTuple):
-    gate: jax.Array  # [F, D]
-    up: jax.Array  # [F, D]
-    down: jax.Array  # [F, D]
-    gate_bias: jax.Array | None  # [F]
-    up_bias: jax.Array | None
-    down_bias: jax.Array | None  # [D]
-    threshold: jax.Array | None  # float32 [F], CETT's
+    """An FFN, and what its model may have beside the three matrices: None where it has not."""
+
+    weights: PackedFFN  # gate, up and down, [F, D] each
+    gate_bias: Any = None  # [F]
+    up_bias: Any = None
+    down_bias: Any = None  # [D]
+    cutoff: Any = None  # float32 [F], CETT's thresholds
+    router: Any = None  # [E, D], in the weights' dtype
+    router_threshold: Any = None  # float32 []
+    predictor: Any = None  # Predictor
 
 
 class Layer(NamedTuple):
@@ -58,16 +78,24 @@ class Decoder(NamedTuple):
     head: jax.Array  # [V, D]; the embedding itself where they are tied
 
 
-def pack(params: Params, config: LlamaConfig) -> Decoder:
+def pack(params: Params, config: LlamaConfig, predictors: Sequence[Predictor] | None = None) -> Decoder:
     """Packs a model's parameters, in their dtype. Layers may differ in their widths.
 
     The result shares no matrix with `params` but the embedding: drop them where memory is short.
+
+    Args:
+        params: stacked or unstacked.
+        predictors: of each layer's active neurons, see `jsparse.methods.predictor`. They are used while decoding, not
+            for the prompt.
     """
     if isinstance(params["layers"], dict):
-        count = config.num_hidden_layers
-        layers = tuple(_pack_stacked(params["layers"], i) for i in range(count))
+        layers = tuple(_pack_stacked(params["layers"], i) for i in range(config.num_hidden_layers))
     else:
         layers = tuple(map(_pack_layer, params["layers"]))
+    if predictors is not None:
+        check(len(predictors) == len(layers), "predictors", f"one of each of the {len(layers)} layers", len(predictors))
+        layers = tuple(layer._replace(ffn=layer.ffn._replace(predictor=predictor))
+                       for layer, predictor in zip(layers, predictors, strict=True))  # fmt: skip
     out = _outputs_first(params["head"]) if "head" in params else params["embed"]
     return Decoder(params["embed"], layers, params["norm"]["scale"], out)
 
@@ -93,13 +121,13 @@ def _pack_layer(layer: Params) -> Layer:
         ),
         ffn_norm=layer["ffn_norm"]["scale"],
         ffn=Ffn(
-            gate=ffn["gate"].T,
-            up=ffn["up"].T,
-            down=ffn["down"],
+            weights=pack_ffn(ffn["gate"], ffn["up"], ffn["down"]),
             gate_bias=ffn.get("gate_bias"),
             up_bias=ffn.get("up_bias"),
             down_bias=ffn.get("down_bias"),
-            threshold=ffn.get("threshold"),
+            cutoff=ffn.get("threshold"),
+            router=ffn["router"].T.astype(ffn["gate"].dtype) if "router" in ffn else None,
+            router_threshold=ffn.get("router_threshold"),
         ),
     )
 
@@ -114,18 +142,33 @@ def _outputs_first(matrix: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def trunk(decoder: Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Hidden states of tokens int32 [B, T], which go to the cache's next T slots, and the cache after them.
+def trunk(
+    decoder: Decoder,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    cache: Cache,
+    implementation: Implementation = "dense",
+    interpret: Any = False,
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    """Hidden states of tokens int32 [B, T], which go to the cache's next T slots.
 
     What `jsparse.model.trunk` computes of the unpacked parameters, with the residual stream in float32.
 
+    Args:
+        implementation: how FFNs are computed; any but "dense" takes one token a row (T = 1), and a decoder that can
+            skip.
+        interpret: runs a Pallas kernel on the CPU.
+
     Returns:
-        [B, T, D] in the parameters' dtype, after the final norm, and the cache.
+        [B, T, D] in the parameters' dtype after the final norm; the cache after these tokens; and, where a decoder that
+        can skip computes densely, the share of each layer that the last tokens used, float32 [L] (`used_share`).
     """
+    kind = sparse_kind(decoder, config)
     dtype = decoder.embed.dtype
     x = decoder.embed[tokens].astype(jnp.float32)
     place = cached_place(tokens, None, cache, config)
-    caches = []
+    real = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] >= cache.start[:, None]  # not padding
+    caches, shares = [], []
     for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
         with jax.named_scope("attention"):
             normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps).astype(dtype)
@@ -133,10 +176,16 @@ def trunk(decoder: Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache
             x = x + y
         with jax.named_scope("ffn"):
             normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
-            x = x + _dense_ffn(layer.ffn, normed, config)
+            if implementation != "dense":
+                x = sparse_ffn(layer.ffn, normed, x, config, implementation, interpret)
+            else:
+                if kind is not None:
+                    shares.append(used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:]))
+                x = x + dense_ffn(layer.ffn, normed, config)
         caches.append(layer_cache)
     x = rms_norm(x, decoder.norm, config.rms_norm_eps).astype(dtype)
-    return x, Cache(tuple(caches), cache.start, cache.length + tokens.shape[1], cache.slots)
+    filled = Cache(tuple(caches), cache.start, cache.length + tokens.shape[1], cache.slots)
+    return x, filled, jnp.stack(shares) if shares else None
 
 
 def logits(x: jax.Array, decoder: Decoder) -> jax.Array:
@@ -168,16 +217,113 @@ def _attention(
     return _add(_product(y.reshape(b, t, -1), attention.output), attention.output_bias), filled
 
 
-def _dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
-    """x [B, T, D] -> float32 [B, T, D]: every neuron computed, the ones that are not active as zeros."""
-    gate = _add(_product(x, ffn.gate), ffn.gate_bias).astype(x.dtype)
-    up = _add(_product(x, ffn.up), ffn.up_bias).astype(x.dtype)
-    hidden = activate(config.activation, gate) * up
-    if ffn.threshold is not None:
-        kept = jnp.abs(hidden).astype(jnp.float32) >= ffn.threshold[None, None]
+# --------------------------------------------------------------------------------------------------------------------
+# The FFN: whole, or what is used of it
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def sparse_kind(decoder: Decoder, config: LlamaConfig) -> Kind | None:
+    """What of the FFNs a token can leave out; None: nothing, or nothing that a kernel knows of."""
+    ffn = decoder.layers[0].ffn
+    activation = _kernel_activation(config.activation)
+    if activation is None or ffn.gate_bias is not None:
+        return None
+    if config.router is not None:
+        return "blocks" if config.router.mode == "hard" else None
+    if ffn.predictor is not None:
+        return "predicted"
+    return "neurons" if activation.kind in ("relu", "fatrelu", "cats") else None
+
+
+def sparse_ffn(
+    ffn: Ffn,
+    x: jax.Array,
+    residual: jax.Array,
+    config: LlamaConfig,
+    implementation: Implementation,
+    interpret: Any = False,
+) -> jax.Array:
+    """residual + FFN(x) by a kernel that reads what is used: x [B, 1, D], residual and result float32 [B, 1, D]."""
+    shared: dict[str, Any] = {
+        "activation": _kernel_activation(config.activation),
+        "residual": residual[:, 0],
+        "implementation": None if implementation == "sparse" else implementation,
+        "interpret": interpret,
+    }
+    if config.router is not None:
+        y = block_sparse_ffn(x[:, 0], ffn.weights, ffn.router, ffn.router_threshold,
+                             block_size=config.router.block_size, **shared)  # fmt: skip
+    else:
+        y = neuron_sparse_ffn(x[:, 0], ffn.weights, ffn.predictor, **shared)
+    return y[:, None]
+
+
+def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
+    """FFN(x) with every neuron computed: x [B, T, D] -> float32 [B, T, D]."""
+    hidden = _gate(ffn, x, config) * _add(_product(x, ffn.weights.up), ffn.up_bias).astype(x.dtype)
+    if ffn.cutoff is not None:
+        kept = jnp.abs(hidden).astype(jnp.float32) >= ffn.cutoff[None, None]
         hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
-    y = jnp.einsum("BTF,FD->BTD", hidden, ffn.down, preferred_element_type=jnp.float32)
+    if config.router is not None:
+        hidden = routing.scale(hidden, _factors(ffn, x, hidden, config), config.router.block_size)
+    y = jnp.einsum("BTF,FD->BTD", hidden, ffn.weights.down, preferred_element_type=jnp.float32)
     return _add(y, ffn.down_bias)
+
+
+WINDOW = 16  # tokens of a prompt whose choices tell what decoding will use
+
+
+def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind, real: jax.Array) -> jax.Array:
+    """The share of blocks or neurons that some row of the batch uses, a mean over T; float32 [].
+
+    Rows of a batch share what is read, so this is what T steps of decoding would have had to read.
+
+    Args:
+        x: [B, T, D].
+        real: bool [B, T], tokens that count.
+    """
+    match kind:
+        case "blocks":
+            used = _factors(ffn, x, None, config) > 0
+        case "neurons":
+            used = _gate(ffn, x, config) != 0
+        case "predicted":
+            used = predicted_neurons(x.reshape(-1, x.shape[-1]), ffn.predictor).reshape(*x.shape[:2], -1)
+    used = jnp.any(used & real[..., None], axis=0)
+    steps = jnp.sum(jnp.any(real, axis=0), dtype=jnp.float32)
+    return jnp.sum(used, dtype=jnp.float32) / (steps * used.shape[-1])
+
+
+def _gate(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
+    """act(x W_gate): [B, T, F] in x's dtype."""
+    return activate(config.activation, _add(_product(x, ffn.weights.gate), ffn.gate_bias).astype(x.dtype))
+
+
+def _factors(ffn: Ffn, x: jax.Array, hidden: Any, config: LlamaConfig) -> jax.Array:
+    """The factor of every block of neurons, float32 [B, T, E]."""
+    router = config.router
+    assert router is not None
+    if router.mode == "oracle":
+        scores = routing.block_sums(hidden, router.block_size)
+    else:
+        scores = jnp.einsum("BTD,ED->BTE", x, ffn.router, precision="high", preferred_element_type=jnp.float32)
+    return routing.gates(router, scores, ffn.router_threshold)
+
+
+def _kernel_activation(activation: configs.Activation) -> Activation | None:
+    """The kernels' name of an activation; None where they have none."""
+    match activation:
+        case configs.Silu():
+            return Activation("silu")
+        case configs.Gelu(approximate):
+            return Activation("gelu_tanh" if approximate else "gelu")
+        case configs.Relu():
+            return Activation("relu")
+        case configs.FatRelu(threshold):
+            return Activation("fatrelu", threshold)
+        case configs.Cats(threshold):
+            return Activation("cats", threshold)
+    return None
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 
 from jsparse.config import LlamaConfig, check
 from jsparse.inference import decoder
-from jsparse.inference.decoder import Decoder, pack
+from jsparse.inference.costs import choose
+from jsparse.inference.decoder import Decoder, Implementation, pack, sparse_kind
 from jsparse.inference.windows import check_ids, positions, replicated, round_up
 from jsparse.model import Cache, Params, init_cache, logits, trunk, unstack
 from jsparse.parallel import batch_shards
@@ -54,6 +55,7 @@ class Generation:
     prompt_tokens: int
     prefill_seconds: float  # from the prompts to each row's first token
     decode_seconds: float  # all further tokens
+    implementation: Implementation  # that decoding took
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -72,6 +74,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], None] | None = None,
+    implementation: Implementation | Literal["auto"] = "auto",
 ) -> Generation:
     """Continues prompts, each until a stop id or `max_new_tokens`.
 
@@ -89,9 +92,13 @@ def generate(
             of one seed and prompt gives one text in whatever batch. A text continued from its own result goes on as
             it would have.
         on_token: called with (row, id) of every new token, as they come.
+        implementation: how a step computes its FFNs: "dense" whole, "sparse" by the best kernel that skips what is not
+            used, a kernel's name by that one; "auto" is the faster of the first two, given what the prompt used of the
+            model (`jsparse.inference.costs`). Prompts are computed dense.
 
     Raises:
-        ConfigError: no prompt, an empty one, unknown ids, or more tokens than the model has positions.
+        ConfigError: no prompt, an empty one, unknown ids, more tokens than the model has positions, or an
+            implementation for a model of which it can skip nothing.
     """
     rows = [np.asarray(row) for row in prompts]
     check(len(rows) > 0, "prompts", "at least one", len(rows))
@@ -124,17 +131,26 @@ def generate(
     texts: list[list[int]] = [[] for _ in rows]
     if isinstance(params, dict):
         params = unstack(params) if _sharded() else pack(params, config)
+    if implementation not in ("auto", "dense"):
+        check(isinstance(params, Decoder), "implementation", "auto or dense on several devices", implementation)
+        kind = sparse_kind(params, config) if isinstance(params, Decoder) else None
+        check(kind is not None, "implementation", "auto or dense, as no kernel knows what this model leaves out",
+              implementation)  # fmt: skip
 
     began = time.perf_counter()
     surplus = np.arange(batch) >= len(rows)
-    state = _prefill(params, padded, start, surplus, choice, config=config, slots=bucket(end))
-    state = _decode(params, state, choice, 0, config=config)  # decodes nothing, but compiles
+    state, shares = _prefill(params, padded, start, surplus, choice, config=config, slots=bucket(end))
+    if implementation == "auto":
+        shares = jax.device_get(shares)
+        implementation = choose(params, config, batch, shares) if isinstance(params, Decoder) else "dense"
+    decode = functools.partial(_decode, config=config, implementation=implementation)
+    state = decode(params, state, choice, 0)  # decodes nothing, but compiles
     known = _take(state, length, texts, stops, on_token)
     prefilled = time.perf_counter()
     while known < end and not np.all(state.stopped):
-        state = _decode(params, state, choice, min(end, known + step), config=config)
+        state = decode(params, state, choice, min(end, known + step))
         known = _take(state, known, texts, stops, on_token)
-    return Generation(texts, sum(map(len, rows)), prefilled - began, time.perf_counter() - prefilled)
+    return Generation(texts, sum(map(len, rows)), prefilled - began, time.perf_counter() - prefilled, implementation)
 
 
 def bucket(n: int) -> int:
@@ -186,25 +202,28 @@ def _prefill(
     *,
     config: LlamaConfig,
     slots: int,
-) -> State:
-    """The state after left-padded prompts [B, T] and the first token of each."""
+) -> tuple[State, jax.Array | None]:
+    """The state after left-padded prompts [B, T] and the first token of each, and what their last tokens used of each
+    layer (`decoder.trunk`)."""
     if isinstance(params, Decoder):
         cache = decoder.empty_cache(params, prompts.shape[0], slots, start, config)
     else:
         cache = init_cache(params, prompts.shape[0], slots, start)
-    scores, filled = _forward(params, prompts, config, cache)
+    scores, filled, shares = _forward(params, prompts, config, cache, "dense")
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1])))
-    return _append(State(filled, tokens, stopped), scores, choice)
+    return _append(State(filled, tokens, stopped), scores, choice), shares
 
 
-def _forward(params: Params | Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The last token's logits, float32 [B, V], of tokens [B, T], and the cache after them."""
+def _forward(
+    params: Params | Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache, implementation: Implementation
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    """The last token's logits, float32 [B, V], of tokens [B, T]; the cache after them; the shares used."""
     if isinstance(params, Decoder):
-        x, cache = decoder.trunk(params, tokens, config, cache)
-        return decoder.logits(x[:, -1], params), cache
-    x, _, filled = trunk(params, tokens, config, cache=cache)
-    assert filled is not None
-    return logits(x[:, -1], params), filled
+        x, filled, shares = decoder.trunk(params, tokens, config, cache, implementation)
+        return decoder.logits(x[:, -1], params), filled, shares
+    x, _, moved = trunk(params, tokens, config, cache=cache)
+    assert moved is not None
+    return logits(x[:, -1], params), moved, None
 
 
 def _sharded() -> bool:
@@ -212,8 +231,16 @@ def _sharded() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _decode(params: Params | Decoder, state: State, choice: Choice, until: int, *, config: LlamaConfig) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="state")
+def _decode(
+    params: Params | Decoder,
+    state: State,
+    choice: Choice,
+    until: int,
+    *,
+    config: LlamaConfig,
+    implementation: Implementation,
+) -> State:
     """Decodes until `until` slots hold tokens or every row has stopped."""
 
     def more(state: State) -> jax.Array:
@@ -221,7 +248,7 @@ def _decode(params: Params | Decoder, state: State, choice: Choice, until: int, 
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.cache.length, 1, axis=1)
-        scores, cache = _forward(params, last, config, state.cache)
+        scores, cache, _ = _forward(params, last, config, state.cache, implementation)
         return _append(state._replace(cache=cache), scores, choice)
 
     return jax.lax.while_loop(more, step, state)

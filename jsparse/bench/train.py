@@ -1,5 +1,4 @@
-"""Measured speed: `jsparse bench`. Weights and tokens are random, never zeros; every figure is the median of many
-steps after a warm-up."""
+"""`jsparse bench train`: the training step."""
 
 import dataclasses
 import time
@@ -10,11 +9,11 @@ import jax
 import numpy as np
 
 from jsparse import model, parallel
+from jsparse.bench.shapes import SHAPES
 from jsparse.config import (
     DataConfig,
     Dense,
     Fixed,
-    Llama3Rope,
     LlamaConfig,
     Method,
     ModelSource,
@@ -27,14 +26,6 @@ from jsparse.data import Batch
 from jsparse.train import state
 from jsparse.train.metrics import PEAK_FLOPS, flops_per_token
 from jsparse.train.step import make_step
-
-SHAPES = {
-    "smollm2-135m": LlamaConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, tie_word_embeddings=True),
-    "tinyllama-1.1b": LlamaConfig(32_000, 2048, 5632, 22, 32, 4, 64, 2048),
-    "llama2-7b": LlamaConfig(),
-    "llama2-13b": LlamaConfig(32_000, 5120, 13_824, 40, 40, 40, 128, 4096),
-    "llama3-8b": LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 8192, rope=Llama3Rope(8.0, 1.0, 4.0, 8192)),
-}
 
 # What is trained: activation and method. The first is what the others are compared with.
 TRAINED: dict[str, tuple[Any, Method]] = {

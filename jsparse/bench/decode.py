@@ -1,0 +1,251 @@
+"""`jsparse bench decode`: whole-model decoding, the loop of `jsparse generate` itself, on random weights of a shape.
+
+Every variant has the same weights, made on the device. Random weights have no sparsity of their own, so thresholds give
+it: scores and gates of random weights are normal with a known deviation, and a threshold at its quantile leaves the
+wanted share above, token by token, in expectation.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.bench.timing import CUBLAS, Bandwidth, Budget, compile_all
+from jsparse.config import FatRelu, LlamaConfig, Router, Silu
+from jsparse.inference.costs import bytes_read
+from jsparse.inference.decoder import (
+    WINDOW,
+    Attention,
+    Decoder,
+    Ffn,
+    Implementation,
+    Layer,
+    empty_cache,
+    sparse_kind,
+    used_share,
+)
+from jsparse.inference.generate import Choice, State, _decode
+from jsparse.model import Cache
+from pallas_kernels.ffn import PackedFFN
+from pallas_kernels.neuron_sparse_ffn import Predictor
+
+DEVIATION = 0.02  # of every matrix, as in LLaMA's initialisation
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to decode with: what it leaves out, how much of it, and how its steps are computed."""
+
+    leaves_out: str | None = None  # blocks, neurons or predicted
+    sparsity: float = 0.0  # of each token
+    compiler: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+VARIANTS = {
+    "dense": Variant(),
+    "dense, cuBLAS": Variant(compiler=CUBLAS),
+    "LTE 50 %": Variant("blocks", 0.5),
+    "LTE 80 %": Variant("blocks", 0.8),
+    "ProSparse 89 %, exact": Variant("neurons", 0.8932),
+    "ProSparse 89 %, predicted": Variant("predicted", 0.8932),
+}
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """One variant. Bytes are what a step must read: matrices in use, routers or predictors, and the cached text."""
+
+    name: str
+    batch: int
+    context: int  # tokens in the cache before the first step
+    measured: float  # share of blocks or neurons that a step leaves out, over all rows
+    ms: float  # a step, median
+    tokens_per_second: float  # of all rows
+    bytes: float
+    limit_ms: float  # bytes over the bandwidth of this run
+    fraction: float  # of the limit
+    speedup: float  # over the best dense variant
+    speedup_limit: float  # dense bytes over these
+    compile_seconds: float
+
+
+def bench_decode(
+    shape: LlamaConfig,
+    speed: Bandwidth,
+    *,
+    variants: Sequence[str] = tuple(VARIANTS),
+    implementation: Implementation = "sparse",
+    batch: int = 1,
+    context: int = 512,
+    steps: int = 64,
+    repeats: int = 3,
+    dtype: str = "bfloat16",
+    rank: int = 1024,
+    budget: Budget,
+    tell: Callable[[str], None] = print,
+) -> list[DecodeSpeed]:
+    """Times steps of decoding for the variants named.
+
+    Args:
+        speed: of the memory, measured in the same run.
+        variants: names of `VARIANTS`; dense ones come first, as what the others are compared with.
+        implementation: "sparse" for the best kernel there is, or a kernel by name.
+        context: tokens in the cache at the first step. Its keys and values are random.
+        rank: of the predictors.
+        budget: variants that it has no time left for are left out.
+        tell: called with a line of text for each measurement.
+    """
+    names = sorted(variants, key=lambda name: VARIANTS[name].leaves_out is not None)
+    dense = _random_decoder(shape, dtype)
+    choice = Choice(np.zeros(batch, np.uint32), np.full(8, -1, np.int32), {})
+    until = context + 1 + steps
+
+    def start() -> State:
+        return jax.block_until_ready(_random_state(dense, jax.random.key(5), shape, batch, context, until))
+
+    def build(name: str) -> tuple[Any, Decoder, LlamaConfig, float]:
+        began = time.perf_counter()
+        variant = VARIANTS[name]
+        decoder, config = _variant(dense, shape, variant, rank)
+        chosen: Implementation = implementation if variant.leaves_out else "dense"
+        lowered = _decode.lower(decoder, start(), choice, 0, config=config, implementation=chosen)
+        compiled = lowered.compile(compiler_options=variant.compiler)
+        return compiled, decoder, config, time.perf_counter() - began
+
+    # The first compilation alone: it tunes the matrix products that the others share.
+    built = compile_all([functools.partial(build, names[0])])
+    built += compile_all([functools.partial(build, name) for name in names[1:]])
+    rows: list[DecodeSpeed] = []
+    for name, found in zip(names, built, strict=True):
+        if isinstance(found, Exception) or budget.left < 0:
+            tell(f"{name}: left out, {'no time left' if budget.left < 0 else found}"[:300])
+            continue
+        run, decoder, config, compile_seconds = found
+        try:
+            seconds = [_timed(run, decoder, start(), choice, until) for _ in range(repeats + 1)][1:]
+        except Exception as error:
+            tell(f"{name}: {error}"[:300])
+            continue
+        ms = statistics.median(seconds) / steps * 1e3
+        share = _share(decoder, config, batch)
+        size = _step_bytes(decoder, config, share, batch * (context + steps / 2))
+        limit = size / speed.limit * 1e3
+        rows.append(DecodeSpeed(name, batch, context, 1 - share, ms, batch / ms * 1e3, size, limit, limit / ms, 0, 0,
+                                compile_seconds))  # fmt: skip
+        tell(f"{name:26} batch {batch:2}  {ms:8.3f} ms a step  {batch / ms * 1e3:8.1f} tokens/s  {limit / ms:4.0%} of "
+             f"the limit  ({1 - share:.1%} left out; compiled in {compile_seconds:.0f} s)")  # fmt: skip
+    whole = [row for row in rows if VARIANTS[row.name].leaves_out is None]
+    if not whole:
+        return rows
+    best, size = min(row.ms for row in whole), min(row.bytes for row in whole)
+    return [dataclasses.replace(row, speedup=best / row.ms, speedup_limit=size / row.bytes) for row in rows]
+
+
+def _timed(run: Any, decoder: Decoder, state: State, choice: Choice, until: int) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(run(decoder, state, choice, until))
+    return time.perf_counter() - began
+
+
+def _step_bytes(decoder: Decoder, config: LlamaConfig, share: float, cached: float) -> float:
+    """Bytes that a step reads, with `cached` tokens of all rows in the cache."""
+    kind = sparse_kind(decoder, config)
+    total: float = decoder.head.nbytes
+    for layer in decoder.layers:
+        attention, kv = layer.attention, layer.attention.qkv.shape[0] - layer.attention.output.shape[1]
+        total += attention.qkv.nbytes + attention.output.nbytes + cached * kv * attention.qkv.dtype.itemsize
+        total += bytes_read(layer.ffn, kind, share) if kind else sum(w.nbytes for w in layer.ffn.weights)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Random models of a known sparsity
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * DEVIATION).astype(dtype)
+
+
+def _random_decoder(config: LlamaConfig, dtype: str) -> Decoder:
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    n, k = config.num_attention_heads, config.num_key_value_heads
+    ones = jnp.ones(d, jnp.float32)
+
+    def layer(key: jax.Array) -> Layer:
+        qkv, output, *ffn = jax.random.split(key, 5)
+        attention = Attention(_normal(qkv, ((n + 2 * k) * h, d), dtype), _normal(output, (d, n * h), dtype), None, None)
+        weights = PackedFFN(*(_normal(key, (f, d), dtype) for key in ffn))
+        return Layer(ones, attention, ones, Ffn(weights))
+
+    embed, head, *layers = jax.random.split(jax.random.key(0), 2 + config.num_hidden_layers)
+    table = _normal(embed, (config.vocab_size, d), dtype)
+    out = table if config.tie_word_embeddings else _normal(head, (config.vocab_size, d), dtype)
+    return Decoder(table, tuple(map(layer, layers)), ones, out)
+
+
+def _variant(dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int) -> tuple[Decoder, LlamaConfig]:
+    """The decoder whose tokens leave out the variant's share, on the dense one's weights."""
+    d, f = shape.hidden_size, shape.intermediate_size
+    dtype = dense.embed.dtype.name
+    quantile = statistics.NormalDist().inv_cdf(variant.sparsity) if variant.sparsity else 0.0
+    score = DEVIATION * d**0.5  # deviation of a product of the normalised input, whose mean square is 1
+    keys = jax.random.split(jax.random.key(7), shape.num_hidden_layers)
+
+    def with_ffn(change: Callable[[jax.Array], dict[str, Any]]) -> Decoder:
+        layers = [layer._replace(ffn=layer.ffn._replace(**change(key)))
+                  for layer, key in zip(dense.layers, keys, strict=True)]  # fmt: skip
+        return dense._replace(layers=tuple(layers))
+
+    match variant.leaves_out:
+        case "blocks":
+            threshold = jax.nn.sigmoid(jnp.float32(score * quantile))
+            blocks = f // Router().block_size
+            decoder = with_ffn(lambda key: {"router": _normal(key, (blocks, d), dtype), "router_threshold": threshold})
+            return decoder, dataclasses.replace(shape, activation=Silu(), router=Router())
+        case "neurons":
+            return dense, dataclasses.replace(shape, activation=FatRelu(score * quantile))
+        case "predicted":
+            logit = DEVIATION * (rank / 2) ** 0.5 * score  # half of the hidden units are above 0
+            threshold = jnp.full(f, logit * quantile, jnp.float32)
+
+            def predictor(key: jax.Array) -> dict[str, Any]:
+                keys = jax.random.split(key)
+                down, up = _normal(keys[0], (d, rank), dtype), _normal(keys[1], (f, rank), dtype)
+                return {"predictor": Predictor(down, up, threshold)}
+
+            return with_ffn(predictor), dataclasses.replace(shape, activation=FatRelu(score * quantile))
+    return dense, shape
+
+
+def _share(decoder: Decoder, config: LlamaConfig, batch: int) -> float:
+    """The share of the FFNs that steps use, measured on random inputs of every layer."""
+    kind = sparse_kind(decoder, config)
+    if kind is None:
+        return 1.0
+    measure = jax.jit(functools.partial(used_share, config=config, kind=kind))
+    shares = []
+    for i, layer in enumerate(decoder.layers):
+        x = jax.random.normal(jax.random.key(i), (batch, WINDOW, config.hidden_size)).astype(decoder.embed.dtype)
+        shares.append(float(measure(layer.ffn, x, real=jnp.ones((batch, WINDOW), bool))))
+    return float(np.mean(shares))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "context", "slots"))
+def _random_state(decoder: Decoder, key: jax.Array, config: LlamaConfig, batch: int, context: int, slots: int) -> State:
+    """What generation has after a prompt of `context` tokens: a cache of random keys and values."""
+    cache = empty_cache(decoder, batch, slots, jnp.zeros(batch, jnp.int32), config)
+    leaves, structure = jax.tree.flatten(cache.layers)
+    keys = jax.random.split(key, len(leaves) + 1)
+    filled = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    tokens = jax.random.randint(keys[-1], (batch, slots), 0, config.vocab_size)
+    layers = jax.tree.unflatten(structure, filled)
+    return State(Cache(layers, cache.start, jnp.int32(context), slots), tokens, jnp.zeros(batch, bool))

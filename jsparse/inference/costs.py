@@ -1,0 +1,74 @@
+"""Whether skipping pays: the dense and the sparse time of a layer's FFN, from bytes and measured rates.
+
+A step's time is close to a straight line in the bytes it reads: what its kernels take to start and to drain, plus bytes
+over a rate. `LINES` holds both, fitted by `jsparse bench ffn` to its own measurements (docs/decoding.md). How many
+bytes a step will read is known from the prompt: `jsparse.inference.decoder.used_share`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jsparse.config import LlamaConfig
+from jsparse.inference.decoder import Decoder, Ffn, Implementation, Kind, sparse_kind
+
+
+@dataclass(frozen=True)
+class Line:
+    """Microseconds of a layer's FFN: start + bytes / rate."""
+
+    start: float  # us
+    rate: float  # bytes a us
+
+    def us(self, size: float) -> float:
+        return self.start + size / self.rate
+
+
+# By what is computed, then by the rows of the batch (a batch takes the next larger entry). H100 80GB HBM3.
+LINES: dict[Kind | Literal["dense"], dict[int, Line]] = {
+    "dense": {1: Line(10.0, 2.9e6), 16: Line(10.0, 2.9e6)},
+    "blocks": {1: Line(15.0, 2.85e6), 4: Line(20.0, 2.6e6)},
+    "neurons": {1: Line(20.0, 2.6e6)},
+    "predicted": {1: Line(20.0, 2.6e6)},
+}
+
+
+def choose(decoder: Decoder, config: LlamaConfig, batch: int, shares: np.ndarray | None) -> Implementation:
+    """The faster implementation of a model for a batch whose rows use `shares` [L] of its layers.
+
+    Dense where it is not known: on other devices than GPUs, and for larger batches than were measured.
+    """
+    kind = sparse_kind(decoder, config)
+    if kind is None or shares is None or jax.default_backend() != "gpu":
+        return "dense"
+    dense, sparse = _line("dense", batch), _line(kind, batch)
+    if dense is None or sparse is None:
+        return "dense"
+    ffns = [layer.ffn for layer in decoder.layers]
+    router = sum(_nbytes(ffn.router) for ffn in ffns)
+    whole = sum(_nbytes(ffn.weights) for ffn in ffns) + router  # routers mask the dense implementation too
+    used = sum(bytes_read(ffn, kind, float(share)) for ffn, share in zip(ffns, shares, strict=True))
+    return "sparse" if sparse.us(used / len(ffns)) < dense.us(whole / len(ffns)) else "dense"
+
+
+def bytes_read(ffn: Ffn, kind: Kind, share: float) -> float:
+    """Bytes of the weights that a step reads which uses a share of the blocks or neurons of one layer."""
+    matrices = _nbytes(ffn.weights)
+    match kind:
+        case "blocks":
+            return share * matrices + _nbytes(ffn.router)
+        case "neurons":
+            return (1 + 2 * share) / 3 * matrices
+        case "predicted":
+            return share * matrices + _nbytes(ffn.predictor)
+
+
+def _line(name: Kind | Literal["dense"], batch: int) -> Line | None:
+    fitting = [rows for rows in LINES[name] if rows >= batch]
+    return LINES[name][min(fitting)] if fitting else None
+
+
+def _nbytes(tree: object) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
