@@ -6,7 +6,6 @@ each, and its loads are issued before the first of them is needed. Triton wants 
 two, so rows are cut into chunks of one.
 """
 
-import functools
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -99,12 +98,12 @@ def accumulate(
     def body(*refs: Any) -> None:
         kernel(*refs[: len(operands)], Output(refs[-1], deterministic, interpret))
 
-    run = functools.partial(call, body, programs=programs, interpret=interpret, **launch)
+    launch |= {"programs": programs, "interpret": interpret}
     if deterministic:
-        y = jnp.sum(run(like(x, (programs, *x.shape), jnp.float32))(*operands), axis=0)
+        y = jnp.sum(call(body, like(x, (programs, *x.shape), jnp.float32), **launch)(*operands), axis=0)
         return y if residual is None else residual + y
     start = vary_together((x, jnp.zeros(x.shape, jnp.float32)))[1] if residual is None else residual
-    return run(like(x, x.shape, jnp.float32), aliases={len(operands): 0})(*operands, start)
+    return call(body, like(x, x.shape, jnp.float32), aliases={len(operands): 0}, **launch)(*operands, start)
 
 
 def power_of_two(wanted: int, of: int) -> int:
