@@ -71,8 +71,9 @@ def test_packed_equals_model(config):
         tiny_config(eos_token_id=None, activation=Relu()),
         tiny_config(eos_token_id=None, activation=FatRelu(0.3)),
         tiny_config(eos_token_id=None, activation=Cats(0.2)),
+        tiny_config(eos_token_id=None, activation=Cett()),
     ],
-    ids=["blocks", "relu", "fatrelu", "cats"],
+    ids=["blocks", "relu", "fatrelu", "cats", "cett"],
 )
 def test_skipping_gives_the_tokens_of_the_masked_dense_model(config, implementation):
     packed = pack(made(config), config)
@@ -95,7 +96,7 @@ def test_predictors_decide_while_decoding():
 
     def predictors(level):
         d, f = config.hidden_size, config.intermediate_size
-        return [Predictor(jnp.ones((d, 4)), jnp.ones((f, 4)), jnp.full(f, level))] * 2
+        return [Predictor(jnp.ones((4, d)), jnp.ones((f, 4)), jnp.full(f, level))] * 2
 
     def text(packed, implementation):
         return generate(packed, config, PROMPTS, max_new_tokens=8, implementation=implementation).tokens

@@ -219,7 +219,7 @@ def _variant(dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int) ->
 
             def predictor(key: jax.Array) -> dict[str, Any]:
                 keys = jax.random.split(key)
-                down, up = _normal(keys[0], (d, rank), dtype), _normal(keys[1], (f, rank), dtype)
+                down, up = _normal(keys[0], (rank, d), dtype), _normal(keys[1], (f, rank), dtype)
                 return {"predictor": Predictor(down, up, threshold)}
 
             return with_ffn(predictor), dataclasses.replace(shape, activation=FatRelu(score * quantile))

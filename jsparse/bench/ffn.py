@@ -240,7 +240,7 @@ def _ffn(weights: PackedFFN, kind: Kind | None, rank: int) -> Ffn:
             router = _normal(jax.random.key(2), (f // Router().block_size, d), 1, dtype)
             return ffn._replace(router=router, router_threshold=jnp.float32(0))
         case "predicted":
-            down, up = _normal(jax.random.key(3), (d, rank), 1, dtype), _normal(jax.random.key(4), (f, rank), 1, dtype)
+            down, up = _normal(jax.random.key(3), (rank, d), 1, dtype), _normal(jax.random.key(4), (f, rank), 1, dtype)
             return ffn._replace(predictor=Predictor(down, up, jnp.zeros(f, jnp.float32)))
     return ffn
 
@@ -282,7 +282,7 @@ def _with_sparsity(ffn: Ffn, x: jax.Array, common: jax.Array, sparsity: Any, kin
             return ffn._replace(weights=ffn.weights._replace(gate=moved.astype(gate.dtype)))
         case "predicted":
             down, up, threshold = ffn.predictor
-            hidden = jax.nn.relu(product(rows, down.T)).astype(up.dtype)
+            hidden = jax.nn.relu(product(rows, down)).astype(up.dtype)
             level = jnp.full_like(threshold, cut(product(hidden, up)))
             return ffn._replace(predictor=ffn.predictor._replace(threshold=level))
 

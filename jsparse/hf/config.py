@@ -264,7 +264,9 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         if not isinstance(config.activation, FatRelu):
             able.insert(0, "llama")
     even = config.hidden_size % config.num_attention_heads == 0
-    if not even or config.router is not None or config.layers is not None:  # transformers' LlamaConfig refuses the first
+    if (
+        not even or config.router is not None or config.layers is not None
+    ):  # transformers' LlamaConfig refuses the first
         able = ["jsparse"]
     if wanted == "auto":
         return able[0]

@@ -17,7 +17,7 @@ What a decoder can skip depends on its model:
 
     blocks      a router names the blocks of neurons that a token uses (LTE, mode "hard")
     neurons     the gate's activation is zero for most neurons: the gate is computed whole, up and down only where it
-                is not zero (ReLU, FATReLU, CATS; exact)
+                is not zero (ReLU, FATReLU, CETT, CATS; exact)
     predicted   a predictor names the neurons, and the gate is skipped too (approximate)
 """
 
@@ -229,7 +229,7 @@ def sparse_kind(decoder: Decoder, config: LlamaConfig) -> Kind | None:
     if activation is None or ffn.gate_bias is not None:
         return None
     if config.router is not None:
-        return "blocks" if config.router.mode == "hard" else None
+        return "blocks" if config.router.mode == "hard" and ffn.cutoff is None else None
     if ffn.predictor is not None:
         return "predicted"
     return "neurons" if activation.kind in ("relu", "fatrelu", "cats") else None
@@ -254,7 +254,7 @@ def sparse_ffn(
         y = block_sparse_ffn(x[:, 0], ffn.weights, ffn.router, ffn.router_threshold,
                              block_size=config.router.block_size, **shared)  # fmt: skip
     else:
-        y = neuron_sparse_ffn(x[:, 0], ffn.weights, ffn.predictor, **shared)
+        y = neuron_sparse_ffn(x[:, 0], ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
     return y[:, None]
 
 
@@ -317,7 +317,7 @@ def _kernel_activation(activation: configs.Activation) -> Activation | None:
             return Activation("silu")
         case configs.Gelu(approximate):
             return Activation("gelu_tanh" if approximate else "gelu")
-        case configs.Relu():
+        case configs.Relu() | configs.Cett():
             return Activation("relu")
         case configs.FatRelu(threshold):
             return Activation("fatrelu", threshold)
