@@ -1,0 +1,42 @@
+"""The block-sparse FFN on Hopper: XLA scores the blocks, one persistent kernel streams the chosen ones."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic_gpu as shared
+from pallas_kernels.block_sparse_ffn.reference import Router
+from pallas_kernels.ffn import Activation, PackedFFN
+from pallas_kernels.mosaic_gpu import Tuning
+
+
+def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None:
+    return shared.unsupported(x, weights)
+
+
+def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
+    """The blocks that each token uses, bool [B, E], as row sums that XLA fuses with the comparison."""
+    if not isinstance(choice, Router):
+        return choice
+    products = x.astype(jnp.float32)[:, None] * choice.weight.astype(jnp.float32)[None]
+    return jax.nn.sigmoid(jnp.sum(products, axis=2)) > choice.threshold[0]
+
+
+def block_sparse_ffn(
+    x: jax.Array,
+    weights: PackedFFN,
+    choice: Router | jax.Array,
+    *,
+    residual: jax.Array | None,
+    activation: Activation,
+    block_size: int,
+    deterministic: bool = True,
+    interpret: Any = False,
+    tuning: Tuning | None = None,
+) -> jax.Array:
+    """As `reference.block_sparse_ffn`; always deterministic."""
+    mask = active_blocks(x, choice)
+    return shared.chosen_neurons_ffn(
+        x, weights, mask, residual, activation=activation, interpret=interpret, tuning=tuning
+    )
