@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Activation, PackedFFN, Predictor
+from pallas_kernels import mosaic_gpu as mosaic
+from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_mosaic
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn import triton as block
 from pallas_kernels.block_sparse_ffn.reference import Router
@@ -40,15 +42,17 @@ SHAPES = {  # D, F
     "llama2-13b": (5120, 13824),
     "llama3-8b": (4096, 14336),
     "smollm2-135m": (576, 1536),
-    "tiny": (64, 256),
+    "tiny": (256, 256),
 }
 BLOCK = 32
 RANK = 128
 SILU, RELU = Activation("silu"), Activation("relu")
 
 
-def block_tunings(tokens: int) -> Iterator[block.Tuning]:
+def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning]:
     """The most promising first."""
+    if tokens <= 4:
+        yield from mosaic_tunings(tokens)
     fma, dot = functools.partial(block.Tuning, "fma"), functools.partial(block.Tuning, "dot")
     if tokens <= 4:
         yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8)
@@ -70,6 +74,17 @@ def block_tunings(tokens: int) -> Iterator[block.Tuning]:
     yield dot(rows=16, chunk=128, down_chunk=256, warps=4, stages=5)
     yield dot(rows=32, chunk=256, down_chunk=256, warps=8, stages=4)
     yield dot(rows=16, chunk=512, down_chunk=256, warps=4, stages=3)
+
+
+def mosaic_tunings(tokens: int) -> Iterator[mosaic.Tuning]:
+    """The most promising first."""
+    yield mosaic.default_tuning(tokens)
+    if tokens == 1:
+        yield mosaic.Tuning(rows=2, stages=4, warpgroups=1)
+        yield mosaic.Tuning(rows=1, stages=4, warpgroups=1, blocks=264)
+        yield mosaic.Tuning(rows=1, stages=4, warpgroups=2, blocks=264)
+        yield mosaic.Tuning(rows=2, stages=4, warpgroups=4)
+    yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
 
 
 def neuron_tunings(predicted: bool) -> Iterator[neuron.Tuning]:
@@ -176,7 +191,8 @@ class Bench:
             if time.perf_counter() > self.end:
                 print(f"{op}: out of time before {tuning}", flush=True)
                 return
-            label = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(tuning).items())
+            backend = type(tuning).__module__.split(".")[-1]
+            label = " ".join([backend, *(f"{k}={v}" for k, v in dataclasses.asdict(tuning).items())])
             try:
                 run = decode_loop(layer(tuning), self.args.tokens)
                 for sparsity, layers, moved in inputs:
@@ -223,8 +239,9 @@ class Bench:
             moved = active * BLOCK * 3 * self.width * 2 // len(layers) + blocks * self.width * 2
             inputs.append((sparsity, layers, moved + self.io_bytes(tokens)))
 
-        def layer(tuning: block.Tuning) -> Callable[..., jax.Array]:
-            return lambda x, y, w: block.block_sparse_ffn(
+        def layer(tuning: block.Tuning | mosaic.Tuning) -> Callable[..., jax.Array]:
+            run = block.block_sparse_ffn if isinstance(tuning, block.Tuning) else block_mosaic.block_sparse_ffn
+            return lambda x, y, w: run(
                 x, *w, residual=y, activation=SILU, block_size=BLOCK, tuning=tuning, interpret=self.interpret
             )
 
