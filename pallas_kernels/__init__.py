@@ -5,20 +5,25 @@ file a backend. Nothing here knows of jsparse.
 """
 
 from pallas_kernels.block_sparse_ffn import block_sparse_ffn
+from pallas_kernels.block_sparse_matmul import BlockSparse, block_sparse_matmul, pack_blocks, unpack_blocks
 from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
 from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
 from pallas_kernels.nm_matmul import PackedNM, nm_ffn, nm_matmul, pack, unpack
 
 __all__ = [
     "Activation",
+    "BlockSparse",
     "PackedFFN",
     "PackedNM",
     "Predictor",
     "block_sparse_ffn",
+    "block_sparse_matmul",
     "neuron_sparse_ffn",
     "nm_ffn",
     "nm_matmul",
     "pack",
+    "pack_blocks",
     "pack_ffn",
     "unpack",
+    "unpack_blocks",
 ]

@@ -1,0 +1,148 @@
+"""The block-sparse product: every backend against the float32 reference, forward and backward."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import BlockSparse, block_sparse_matmul, pack_blocks, unpack_blocks
+from tests.kernels import BACKENDS, assert_close, random
+
+REFERENCE = {"implementation": "reference"}
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of one comparison."""
+
+    tokens: int = 32
+    inputs: int = 64
+    outputs: int = 96
+    block: int = 32
+    density: float = 0.5
+    dtype: Any = jnp.float32
+    spare: int = 0
+
+    def operands(self, seed: int = 0) -> tuple[jax.Array, BlockSparse, jax.Array]:
+        x, dy = (random(seed, self.tokens, n, dtype=self.dtype) for n in (self.inputs, self.outputs))
+        return x, self.weight(seed), dy
+
+    def mask(self, seed: int = 0) -> np.ndarray:
+        return (
+            np.random.default_rng(seed).random((self.inputs // self.block, self.outputs // self.block)) < self.density
+        )
+
+    def weight(self, seed: int = 0) -> BlockSparse:
+        weight = random(seed + 1, self.inputs, self.outputs, dtype=self.dtype, scale=self.inputs**-0.5)
+        return pack_blocks(weight, self.mask(seed), capacity=int(self.mask(seed).sum()) + self.spare)
+
+
+CASES = {
+    "float32": Case(),
+    "bfloat16": Case(dtype=jnp.bfloat16),
+    "float16, blocks of 64": Case(dtype=jnp.float16, block=64, inputs=128, outputs=192),
+    "blocks of 128": Case(dtype=jnp.bfloat16, block=128, inputs=256, outputs=256),
+    "odd sizes": Case(tokens=21, inputs=5 * 32, outputs=3 * 32),
+    "two tiles of tokens": Case(tokens=150),
+    "nothing active": Case(density=0.0),
+    "nothing active, room for three": Case(density=0.0, spare=3),
+    "all active": Case(density=1.0),
+    "spare room": Case(spare=5),
+}
+
+
+def value_and_gradients(x: jax.Array, weight: BlockSparse, dy: jax.Array, **backend: Any) -> Any:
+    """y, and the gradients of sum(y dy) by x and by the weight's values."""
+    y, vjp = jax.vjp(
+        lambda x, v: block_sparse_matmul(x, dataclasses.replace(weight, values=v), **backend), x, weight.values
+    )
+    return y, *vjp(dy)
+
+
+@every_backend
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_and_gradients(case: Case, backend: dict[str, Any]) -> None:
+    x, weight, dy = case.operands()
+    got = value_and_gradients(x, weight, dy, **backend)
+    assert all(array.dtype == case.dtype for array in got)
+    assert_close(got, value_and_gradients(x, weight, dy, **REFERENCE), case.dtype)
+
+
+def test_reference_is_the_masked_dense_product() -> None:
+    case = Case(spare=2)
+    x, weight, dy = case.operands()
+    w = random(1, case.inputs, case.outputs, scale=case.inputs**-0.5)
+    mask = jnp.asarray(np.kron(case.mask(), np.ones((case.block, case.block))), jnp.float32)
+    np.testing.assert_array_equal(unpack_blocks(weight), w * mask)
+    y, vjp = jax.vjp(lambda x, w: x @ (w * mask), x, w)
+    dx, dw = vjp(dy)
+    dblocks = pack_blocks(dw, case.mask(), capacity=len(weight.row)).values
+    assert_close(value_and_gradients(x, weight, dy, **REFERENCE), (y, dx, dblocks))
+
+
+@every_backend
+def test_jit_vmap_and_scan(backend: dict[str, Any]) -> None:
+    """Layers of different masks and one capacity share a program."""
+    case = Case(outputs=64)
+    room = case.inputs * case.outputs // case.block**2
+    layers = [pack_blocks(random(seed, case.inputs, case.outputs), case.mask(seed), capacity=room) for seed in range(3)]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    xs = jnp.stack([random(10 + seed, case.tokens, case.inputs) for seed in range(3)])
+    expected = jnp.stack([block_sparse_matmul(x, w, **REFERENCE) for x, w in zip(xs, layers, strict=True)])
+    run = jax.jit(lambda x, w: block_sparse_matmul(x, w, **backend))
+    assert_close(jax.vmap(run)(xs, stacked), expected)
+    assert_close(jax.lax.scan(lambda carry, each: (carry, run(*each)), None, (xs, stacked))[1], expected)
+
+
+@every_backend
+def test_outputs_over_tensor(backend: dict[str, Any]) -> None:
+    """Shards of different masks; value and gradients."""
+    case = Case(outputs=8 * 32)
+    mask = case.mask()
+    w = random(1, case.inputs, case.outputs, scale=case.inputs**-0.5)
+    x, dy = random(0, case.tokens, case.inputs), random(0, case.tokens, case.outputs)
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    packed = pack_blocks(w, mask, shards=4)
+    assert {int(part.sum()) for part in np.split(mask, 4, axis=1)} != {len(packed.row) // 4}  # some have spare places
+    over = P("tensor")
+
+    def shard(x: jax.Array, values: jax.Array, weight: BlockSparse) -> jax.Array:
+        return block_sparse_matmul(x, dataclasses.replace(weight, values=values), **backend)
+
+    # Pallas's interpreter cannot mark an index that a kernel loads as varying over the mesh.
+    marked = "interpret" not in backend
+    specs = {"in_specs": (P(), over, over), "out_specs": P(None, "tensor")}
+    sharded = jax.shard_map(shard, mesh=mesh, check_vma=marked, **specs)
+    y, vjp = jax.jit(lambda x, v: jax.vjp(lambda x, v: sharded(x, v, packed), x, v))(x, packed.values)
+    whole = pack_blocks(w, mask)
+    expected_y, expected_dx, expected_dv = value_and_gradients(x, whole, dy, **REFERENCE)
+    dx, dv = vjp(dy)
+    assert_close((y, dx), (expected_y, expected_dx))
+    dense = unpack_blocks(dataclasses.replace(whole, values=expected_dv))
+    assert_close(dv, pack_blocks(dense, mask, shards=4).values)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    x, weight, _ = Case().operands()
+    dense = jnp.zeros((64, 96))
+    for words, call in [
+        ("mask: expected the square blocks of a matrix \\(64, 96\\), got shape \\(2, 2\\)",
+         lambda: pack_blocks(dense, np.ones((2, 2)))),
+        ("capacity: expected at least 6", lambda: pack_blocks(dense, np.ones((2, 3)), capacity=5)),
+        ("shards: expected a divisor of 3 blocks of outputs, got 2",
+         lambda: pack_blocks(dense, np.ones((2, 3)), shards=2)),
+        ("x: expected \\[T, I\\], got shape \\(64,\\)", lambda: block_sparse_matmul(x[0], weight)),
+        ("weight: expected 32 inputs, got 64", lambda: block_sparse_matmul(x[:, :32], weight)),
+        ("weight: expected the dtype of x, bfloat16", lambda: block_sparse_matmul(x.astype(jnp.bfloat16), weight)),
+        ("weight: expected one matrix", lambda: block_sparse_matmul(x, jax.tree.map(lambda a: a[None], weight))),
+        ("implementation 'triton': expected blocks of 16, 32, 64 or 128, got 8",
+         lambda: block_sparse_matmul(jnp.ones((8, 16)), pack_blocks(jnp.ones((16, 8)), np.ones((2, 1))),
+                                     implementation="triton")),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -1,0 +1,378 @@
+r"""Checks and times the packed N:M and the block-sparse products on a GPU, and tries how their work is best cut.
+
+    python tools/tune_matmul.py --out matmul.json --seconds 300
+
+and on a CPU, of no meaning as a measurement:
+
+    python tools/tune_matmul.py --out matmul.json --interpret --shapes 64x128 --layers 1 --steps 1 --repeats 1 \
+        --batches 1 3 --tokens 64 --matrix 64x128 --block 32 --tune-batches --tune-blocks
+
+Decode: gated FFNs of 2:4 weights in bfloat16, the weights of several layers in turn, many tokens in one program, each
+FFN reading what the one before left in the residual stream; beside them the same FFNs dense through XLA (its default,
+cuBLAS alone; inputs first or neurons first) and the time that the bytes take at the card's measured rate. Training:
+forward and both gradients of a block-sparse product beside the dense product with a masked weight.
+"""
+
+# ruff: noqa: B023, as every closure is called where it is made
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Activation, PackedNM, nm_ffn, nm_matmul, pack, unpack
+from pallas_kernels.block_sparse_matmul import BlockSparse, block_sparse_matmul, pack_blocks
+from pallas_kernels.block_sparse_matmul import triton as block_triton
+from pallas_kernels.nm_matmul import triton as nm_triton
+
+SILU = Activation("silu")
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+
+
+@dataclass
+class Run:
+    """What the measurements share."""
+
+    args: argparse.Namespace
+    began: float = field(default_factory=time.perf_counter)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rate: float = 1.0  # bytes a second
+
+    @property
+    def interpret(self) -> bool:
+        return self.args.interpret
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def try_(self, what: str, measure: Callable[[], Any]) -> Any:
+        """The measurement, or None, with the reason printed, where it fails or there is no time left for it."""
+        if time.perf_counter() - self.began > self.args.seconds:
+            self.add(skipped=what, because="no time left")
+            return None
+        try:
+            return measure()
+        except Exception as error:
+            self.add(failed=what, because=" ".join(str(error).split())[:300])
+            return None
+
+    def seconds(self, f: Callable[..., Any], *operands: Any, options: dict[str, Any] | None = None) -> float:
+        """Median time of a call, compiled before."""
+        compiled = jax.jit(f).lower(*operands).compile(compiler_options=options)
+        jax.block_until_ready(compiled(*operands))
+        taken = []
+        for _ in range(self.args.repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*operands))
+            taken.append(time.perf_counter() - start)
+        return float(np.median(taken))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of every row")
+    parser.add_argument("--seconds", type=float, default=300, help="no measurement begins after so many")
+    parser.add_argument("--shapes", nargs="+", default=["4096x11008", "576x1536"], help="D x F of FFNs to decode with")
+    parser.add_argument("--layers", type=int, default=4, help="whose weights take turns")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", type=int, default=8192, help="of the block-sparse product")
+    parser.add_argument("--matrix", default="4096x11008", help="I x O of the block-sparse product")
+    parser.add_argument("--block", type=int, nargs="+", default=[128, 64])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.9])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=24, help="tokens decoded in one program")
+    parser.add_argument("--only", choices=["decode", "training"])
+    parser.add_argument("--tune-batches", type=int, nargs="*", default=[1, 8], help="at the first of the shapes")
+    parser.add_argument("--tune-blocks", type=int, nargs="*", default=[128], help="block sizes, at half of them")
+    parser.add_argument("--interpret", action="store_true", help="run the kernels on a CPU")
+    run = Run(parser.parse_args())
+    device = jax.devices()[0].device_kind
+    if run.args.only != "decode":
+        run.try_("training", lambda: training(run, *sizes(run.args.matrix)))
+    if run.args.only != "training":
+        run.try_("bandwidth", lambda: bandwidth(run))
+        for shape in run.args.shapes:
+            run.try_(f"decode {shape}", lambda: decode(run, *sizes(shape)))
+    run.args.out.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": run.rows}, indent=1))
+    print_tables(run, device)
+
+
+def sizes(text: str) -> tuple[int, int]:
+    first, second = map(int, text.split("x"))
+    return first, second
+
+
+def bandwidth(run: Run) -> None:
+    """Bytes a second of a copy and of a sum; the better is what the limits are counted by."""
+    n = 1 << (20 if run.interpret else 30)
+    x = jax.random.bits(jax.random.key(0), (n // 4,), jnp.uint32)
+    copy = 2 * n / run.seconds(lambda x: x + jnp.uint32(1), x)
+    read = n / run.seconds(lambda x: jnp.sum(x), x)
+    run.rate = max(copy, read)
+    run.add(kind="bandwidth", copy_tb=copy / 1e12, read_tb=read / 1e12)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decode
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def half(key: jax.Array, inputs: int, outputs: int, axis: str) -> jax.Array:
+    """A random bfloat16 matrix [I, O] that keeps the two largest of each four."""
+    w = jax.random.normal(key, (inputs, outputs)) * inputs**-0.5
+    groups = jnp.abs(w if axis == "output" else w.T).reshape(-1, 4)
+    keep = jnp.argsort(jnp.argsort(groups, axis=1), axis=1) >= 2
+    keep = keep.reshape(inputs, outputs) if axis == "output" else keep.reshape(outputs, inputs).T
+    return jnp.where(keep, w, 0.0).astype(jnp.bfloat16)
+
+
+def decode(run: Run, width: int, neurons: int) -> None:
+    """DaSS's axes: gate and up grouped by outputs, down by inputs."""
+    packed, dense = [], []
+    for layer in range(run.args.layers):
+        keys = jax.random.split(jax.random.key(layer), 3)
+        shapes = [(width, neurons, "output"), (width, neurons, "output"), (neurons, width, "input")]
+        matrices = [half(k, *shape) for k, shape in zip(keys, shapes, strict=True)]
+        packed.append([pack(w, 2, 4, axis) for w, (_, _, axis) in zip(matrices, shapes, strict=True)])  # type: ignore[arg-type]
+        dense.append(matrices)
+    check(run, packed[0], width)
+
+    calls = run.args.steps * run.args.layers
+    shape = f"{width}x{neurons}"
+
+    def loop(ffn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Every layer's FFN on the residual stream, `steps` times over."""
+
+        def step(_: Any, carry: Any) -> Any:
+            residual, layers = carry
+            for layer in layers:
+                residual = ffn((residual * 0.5).astype(jnp.bfloat16), *layer, residual)
+            return residual, layers
+
+        return lambda residual, layers: jax.lax.fori_loop(0, run.args.steps, step, (residual, layers))[0]
+
+    def plain(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, residual: jax.Array) -> jax.Array:
+        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        return residual + dot((jax.nn.silu(dot(x, gate)) * dot(x, up)).astype(x.dtype), down)
+
+    def neuron_major(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, residual: jax.Array) -> jax.Array:
+        return plain(x, gate.T, up.T, down, residual)
+
+    turned = [[gate.T, up.T, down] for gate, up, down in dense]
+    for tokens in run.args.batches:
+        residual = jax.random.normal(jax.random.key(9), (tokens, width))
+        limit = sum(w.nbytes for w in packed[0]) / run.rate
+        dense_limit = sum(w.nbytes for w in dense[0]) / run.rate
+        times: dict[str, float] = {}
+        for name, ffn, layers, options in [
+            ("XLA", plain, dense, None),
+            ("XLA, neurons first", neuron_major, turned, None),
+            ("cuBLAS", plain, dense, CUBLAS),
+            ("cuBLAS, neurons first", neuron_major, turned, CUBLAS),
+        ]:
+            if run.interpret and options:
+                continue
+            taken = run.try_(name, lambda: run.seconds(loop(ffn), residual, layers, options=options))
+            if taken:
+                times[name] = taken / calls
+        best = min(times, key=lambda name: times[name])
+
+        def packed_time(tuning: Any) -> float | None:
+            def ffn(x: jax.Array, gate: PackedNM, up: PackedNM, down: PackedNM, residual: jax.Array) -> jax.Array:
+                return nm_triton.nm_ffn(x, gate, up, down, residual, SILU, run.interpret, tuning)
+
+            taken = run.try_(f"nm_ffn {tuning}", lambda: run.seconds(loop(ffn), residual, packed))
+            return taken / calls if taken else None
+
+        gate_up, down = (nm_triton.default_tuning(tokens, packed[0][i]) for i in (0, 2))
+        ours = packed_time((gate_up, down))
+        if tokens in run.args.tune_batches and shape == run.args.shapes[0]:
+            for i in (0, 1):
+                for tuning in candidates(tokens, i, packed[0][2 * i]):
+                    pair = (tuning, down) if i == 0 else (gate_up, tuning)
+                    taken = packed_time(pair)
+                    if not taken:
+                        continue
+                    run.add(kind="nm tuning", shape=shape, tokens=tokens, gate_up=str(pair[0]), down=str(pair[1]),
+                            us=taken * 1e6)  # fmt: skip
+                    if ours is None or taken < ours:
+                        ours, (gate_up, down) = taken, pair
+        if ours is None:
+            continue
+        run.add(kind="nm_ffn", shape=shape, tokens=tokens, us=ours * 1e6, limit_us=limit * 1e6, of_limit=limit / ours,
+                dense_us=times[best] * 1e6, dense=best, dense_limit_us=dense_limit * 1e6, speedup=times[best] / ours,
+                gate_up=str(gate_up), down=str(down), dense_all={k: v * 1e6 for k, v in times.items()})  # fmt: skip
+
+
+def candidates(tokens: int, which: int, weight: PackedNM) -> list[nm_triton.Tuning]:
+    """Tilings to try: of gate and up together, or of down."""
+    width = weight.indices.shape[-1]
+    fma = [
+        [(1, 512, 4), (1, 256, 1), (1, 512, 1), (2, 512, 4), (2, 256, 2), (4, 256, 4)],
+        [(1, 512, 2), (1, 1024, 8), (1, 512, 4), (1, 256, 1), (1, 2048, 8), (2, 512, 4)],
+    ][which]
+    dot = [(8, 64, 1), (8, 64, 2), (16, 64, 2), (32, 32, 4)] if which == 0 else [(16, 64, 2), (16, 32, 2), (16, 64, 4)]
+    paths = [("fma", cut) for cut in fma] * (tokens <= 2) + [("dot", cut) for cut in dot] * (tokens >= 2)
+    return [nm_triton.Tuning(path, *cut) for path, cut in paths if cut[1] < 2 * width]  # type: ignore[arg-type]
+
+
+def check(run: Run, matrices: list[PackedNM], width: int) -> None:
+    """The kernels against float32, at every batch and along both axes."""
+    gate, up, down = matrices
+    other = pack(half(jax.random.key(5), width, gate.shape[1], "input"), 2, 4, "input")
+    for tokens in run.args.batches:
+        x = jax.random.normal(jax.random.key(tokens), (tokens, width), jnp.bfloat16)
+        residual = jax.random.normal(jax.random.key(8), (tokens, width))
+        kernel: dict[str, Any] = {"implementation": "triton", "interpret": run.interpret}
+        for name, f in [
+            ("matmul, outputs grouped", lambda **kw: nm_matmul(x, gate, **kw)),
+            ("matmul, inputs grouped", lambda **kw: nm_matmul(x, other, **kw)),
+            ("ffn", lambda **kw: nm_ffn(x, gate, up, down, activation=SILU, residual=residual, **kw)),
+        ]:
+
+            def error() -> float:
+                expected = f(implementation="reference").astype(jnp.float32)
+                got = f(**kernel).astype(jnp.float32)
+                return float(jnp.abs(got - expected).max() / jnp.abs(expected).max())
+
+            found = run.try_(f"check {name}", error)
+            if found is not None:
+                run.add(kind="check", what=name, tokens=tokens, error=found, ok=found < 0.02)
+    assert gate.nbytes == 0.5625 * unpack(gate).nbytes
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def training(run: Run, inputs: int, outputs: int) -> None:
+    x, w, dy = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate([(run.args.tokens, inputs), (inputs, outputs), (run.args.tokens, outputs)])
+    )
+
+    def all_three(f: Callable[..., jax.Array]) -> Callable[..., Any]:
+        def call(x: jax.Array, w: Any, dy: jax.Array) -> Any:
+            y, vjp = jax.vjp(f, x, w)
+            return y, vjp(dy)
+
+        return call
+
+    dense = run.try_("dense", lambda: run.seconds(all_three(lambda x, w: x @ w), x, w, dy))
+    for size in run.args.block:
+        tuning = block_triton.DEFAULT
+        for sparsity in sorted(run.args.sparsities, key=lambda s: abs(s - 0.5)):
+            mask = np.random.default_rng(0).random((inputs // size, outputs // size)) >= sparsity
+            packed = pack_blocks(w, mask)
+            elements = jnp.asarray(np.kron(mask, np.ones((size, size), bool)))
+            masked = run.try_(
+                "masked dense",
+                lambda: run.seconds(
+                    lambda x, w, dy, mask: all_three(lambda x, w: x @ jnp.where(mask, w, jnp.bfloat16(0)))(x, w, dy),
+                    x, w, dy, elements,
+                ),
+            )  # fmt: skip
+            if sparsity == 0.5:
+                run.try_("check blocks", lambda: check_blocks(run, x, packed, dy))
+                if size in run.args.tune_blocks:
+                    tuning = tune_blocks(run, x, packed, dy, size)
+            parts = {
+                name: run.try_(name, lambda: run.seconds(call, x, packed, dy))
+                for name, call in block_calls(run, tuning).items()
+            }
+            f = functools.partial(block_sparse_matmul, implementation="triton", interpret=run.interpret)
+            default = run.try_("block_sparse_matmul", lambda: run.seconds(all_three(f), x, packed, dy))
+            if None in parts.values():
+                continue
+            total = sum(t for t in parts.values() if t)
+            flops = 6 * run.args.tokens * inputs * outputs * float(mask.mean())
+            run.add(kind="blocks", block=size, sparsity=sparsity, ms=total * 1e3, api_ms=(default or 0.0) * 1e3,
+                    masked_dense_ms=(masked or 0.0) * 1e3, dense_ms=(dense or 0.0) * 1e3,
+                    speedup=(masked or 0.0) / total, tflops=flops / total / 1e12,
+                    **{f"{name}_ms": (t or 0.0) * 1e3 for name, t in parts.items()}, tuning=str(tuning))  # fmt: skip
+
+
+def block_calls(run: Run, tuning: block_triton.Tuning) -> dict[str, Callable[..., jax.Array]]:
+    """Forward and the two gradients by name."""
+    at: dict[str, Any] = {"interpret": run.interpret, "tuning": tuning}
+    return {
+        "y": lambda x, w, dy: block_triton.matmul(x, w, **at),
+        "dx": lambda x, w, dy: block_triton.transposed_matmul(dy, w, **at),
+        "dw": lambda x, w, dy: block_triton.block_products(x, dy, w, **at),
+    }
+
+
+def tune_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array, size: int) -> block_triton.Tuning:
+    """The fastest of a few tilings; the depths of the two kinds of sum are chosen apart."""
+    best, fastest = block_triton.DEFAULT, float("inf")
+    grid = [(t, d, warps, s, g) for t, d, warps, s, g in [
+        (128, 64, 8, 3, 8), (128, 64, 8, 4, 8), (128, 64, 4, 4, 8), (128, 128, 8, 3, 8), (256, 64, 8, 3, 8),
+        (256, 64, 8, 4, 8), (128, 32, 4, 5, 8), (128, 64, 8, 4, 16), (256, 64, 8, 4, 4), (256, 32, 8, 4, 8),
+    ]]  # fmt: skip
+    for tokens, depth, warps, stages, group in grid:
+        tuning = block_triton.Tuning(tokens, depth, depth, group, warps, stages)
+        parts = {
+            name: run.try_(f"{name} {tuning}", lambda: run.seconds(call, x, w, dy))
+            for name, call in block_calls(run, tuning).items()
+        }
+        row = {f"{name}_ms": t * 1e3 for name, t in parts.items() if t}
+        run.add(kind="block tuning", block=size, tuning=str(tuning), **row)
+        if None not in parts.values() and (total := sum(t for t in parts.values() if t)) < fastest:
+            best, fastest = tuning, total
+    return best
+
+
+def check_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array) -> None:
+    """Value and gradients against XLA's dense products."""
+
+    def all_three(**kw: Any) -> Any:
+        call = lambda x, values: block_sparse_matmul(x, dataclasses.replace(w, values=values), **kw)
+        y, vjp = jax.vjp(call, x, w.values)
+        return y, *vjp(dy)
+
+    expected = all_three(implementation="xla")
+    got = all_three(implementation="triton", interpret=run.interpret)
+    for name, a, b in zip(("y", "dx", "dw"), got, expected, strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
+        run.add(kind="check", what=f"blocks of {w.block_size}, {name}", tokens=x.shape[0], error=error, ok=error < 0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def print_tables(run: Run, device: str) -> None:
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in run.rows:
+        kinds.setdefault(row.get("kind", "failed"), []).append(row)
+    print(f"\n{device}, jax {jax.__version__}, {run.rate / 1e12:.3f} TB/s")
+    checks = kinds.get("check", [])
+    print(f"checks: {sum(row['ok'] for row in checks)} of {len(checks)} within 0.02; "
+          f"failed or skipped: {len(kinds.get('failed', []))}")  # fmt: skip
+    for row in kinds.get("nm_ffn", []):
+        print(f"nm_ffn {row['shape']:>11} B={row['tokens']:<2} {row['us']:7.1f} us, limit {row['limit_us']:6.1f} "
+              f"({row['of_limit']:.0%}); dense {row['dense_us']:6.1f} ({row['dense']}): x{row['speedup']:.2f}   "
+              f"gate, up {row['gate_up']}, down {row['down']}")  # fmt: skip
+    for row in kinds.get("blocks", []):
+        parts = ", ".join(f"{name} {row[f'{name}_ms']:.3f}" for name in ("y", "dx", "dw"))
+        print(f"blocks of {row['block']:<3} {row['sparsity']:4.0%} {row['ms']:7.3f} ms ({parts}), {row['tflops']:4.0f} "
+              f"TFLOP/s; masked dense {row['masked_dense_ms']:.3f}, dense {row['dense_ms']:.3f}: "
+              f"x{row['speedup']:.2f}   {row['tuning']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
