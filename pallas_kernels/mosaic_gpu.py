@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: weights of chosen neurons stream through shared memory past a few tokens.
+"""What the Mosaic GPU kernels share: rows of weights stream through shared memory past a few tokens.
 
 At a few tokens a matrix product is a stream of weights with some arithmetic beside it, and what counts is how many
 bytes are on their way at once. So the kernels are persistent: one thread block a multiprocessor, each with a ring of
@@ -9,7 +9,7 @@ x . gate and x . up. The tokens, and what the block adds to the output, stay in 
 A row of D values is seen as panels [D / (128 v), 4, 32 v]: 4 warps of 32 lanes, each lane with v neighbouring values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,13 @@ from pallas_kernels.backend import like
 from pallas_kernels.ffn import Activation, PackedFFN, activate
 
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM
-RING_BYTES = 192 * 1024  # of the 227 KiB of shared memory that a thread block can have
+SHARED_BYTES = 224 * 1024  # of the 227 KiB that a thread block can have; the rest holds barriers
 CHUNK = 256  # flags that are copied at once
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """How the work is cut. All are upper bounds: they shrink to fit the shape."""
-
-    rows: int = 2  # neurons a step
-    stages: int = 8  # steps in the ring
-    warpgroups: int = 2  # of a thread block; they split the width
-    blocks: int = MULTIPROCESSORS  # thread blocks, at most one a step
-
-
-def default_tuning(tokens: int) -> Tuning:
-    """For an H100: as many rows a step as the registers hold beside the tokens."""
-    return Tuning(rows=2 if tokens <= 2 else 1)
+# --------------------------------------------------------------------------------------------------------------------
+# A thread block
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,18 +40,23 @@ class Cut:
     vector: int
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a warpgroup's part of a row."""
+        return self.panels, 4, 32 * self.vector
+
+    @property
     def layout(self) -> Any:
-        """Of an array [panels, 4, 32 v]: the registers of a thread hold its v values of every panel."""
+        """Of an array of that shape in registers: a thread holds its `vector` values of every panel."""
         tiling = plgpu.Tiling(((4, 32 * self.vector), (self.vector,)))
         return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
     def view(self, rows: jax.Array) -> jax.Array:
         """[N, D] -> [N, warpgroups * panels, 4, 32 v]."""
-        return rows.reshape(rows.shape[0], self.warpgroups * self.panels, 4, 32 * self.vector)
+        return rows.reshape(rows.shape[0], self.warpgroups * self.panels, *self.shape[1:])
 
 
 def cut(width: int, dtype: Any, warpgroups: int) -> Cut:
-    """The widest loads that suit the width, 4 to 16 bytes a thread, over as many warpgroups."""
+    """The widest loads that suit the width, 4 to 16 bytes a thread, over at most so many warpgroups."""
     bytes_ = jnp.dtype(dtype).itemsize
     for groups in (g for g in (4, 2, 1) if g <= warpgroups):
         for vector in (16 // bytes_, 8 // bytes_, 4 // bytes_):
@@ -70,8 +65,125 @@ def cut(width: int, dtype: Any, warpgroups: int) -> Cut:
     raise ValueError(f"no cut of {width} {dtype}")
 
 
-def unsupported(x: jax.Array, weights: PackedFFN) -> str | None:
-    """Why the kernels cannot take these shapes, or None."""
+class Team:
+    """The warpgroups of a thread block, seen from one of them.
+
+    Args:
+        x_ref: [B, ...], the tokens, which it takes into registers.
+        met: a barrier on which every warpgroup arrives once.
+    """
+
+    def __init__(self, cut: Cut, x_ref: Any, met: Any):
+        self.cut = cut
+        self.group = jax.lax.axis_index("group")
+        self.own = pl.ds(self.group * cut.panels, cut.panels)  # its panels of a row
+        self._met = met
+        tokens = range(x_ref.shape[0])
+        xs = [plgpu.load(x_ref.at[b, self.own], layout=cut.layout, optimized=False) for b in tokens]
+        self._xs = [x.astype(jnp.float32) for x in xs]
+
+    def load(self, ref: Any) -> jax.Array:
+        """Its part of a row in shared memory, float32."""
+        return plgpu.load(ref, layout=self.cut.layout).astype(jnp.float32)
+
+    def zeros(self) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(self.cut.shape, jnp.float32), self.cut.layout)
+
+    def put_products(self, ref: Any, row: jax.Array) -> None:
+        """Its part of row . x for every token, warp by warp: ref [B, warpgroups, 4]."""
+        for b, x in enumerate(self._xs):
+            ref[b, self.group] = jnp.sum(jnp.sum(row * x, axis=0), axis=1)
+
+    def get_product(self, ref: Any) -> jax.Array:
+        """A token's product, after all have put their parts and met: ref [warpgroups, 4]."""
+        return sum(ref[g, warp] for g in range(self.cut.warpgroups) for warp in range(4))
+
+    def meet(self) -> None:
+        """Waits for the other warpgroups; what all have written before, all read after."""
+        plgpu.commit_smem()
+        if self.cut.warpgroups > 1:
+            plgpu.barrier_arrive(self._met)
+            plgpu.barrier_wait(self._met)
+
+
+def launch(
+    kernel: Callable[..., None],
+    x: jax.Array,
+    weights: Sequence[jax.Array],
+    operands: Sequence[jax.Array],
+    residual: jax.Array | None,
+    *,
+    cut: Cut,
+    blocks: int,
+    scratch: Sequence[Any],
+    deterministic: bool,
+    interpret: Any,
+) -> jax.Array:
+    """Runs kernel(team, emit, weight refs, operand refs, scratch refs) in every thread block.
+
+    emit(sums), once in each, adds [panels, 4, 32 v] float32 a token to the block's part of y.
+
+    Args:
+        weights: [F, D] each; the kernel sees them in panels.
+        deterministic: every block stores its part, and XLA adds them up. Otherwise the copy engine adds each to the
+            residual, in any order; the interpreter cannot.
+    Returns:
+        The residual plus all parts: float32 [B, D].
+    """
+    tokens, width = x.shape
+    in_place = not deterministic and not interpret
+    parts_shape = (cut.warpgroups * cut.panels, *cut.shape[1:])
+
+    def body(x_ref: Any, *refs: Any) -> None:
+        weight_refs, refs = refs[: len(weights)], refs[len(weights) :]
+        operand_refs, refs = refs[: len(operands)], refs[len(operands) :]
+        out_ref, staged, met, *scratch_refs = refs
+        team = Team(cut, x_ref, met)
+
+        def emit(sums: Sequence[jax.Array]) -> None:
+            for b, y in enumerate(sums):
+                if in_place:
+                    staged[team.group] = y
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(staged.at[team.group], out_ref.at[b, team.own], reduction_op="add")
+                    plgpu.wait_smem_to_gmem(0)
+                else:
+                    out_ref[jax.lax.axis_index("block"), b, team.own] = y
+
+        kernel(team, emit, weight_refs, operand_refs, scratch_refs)
+
+    run = plgpu.kernel(
+        body,
+        out_type=() if in_place else like(x, (blocks, tokens, *parts_shape), jnp.float32),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=cut.warpgroups,
+        thread_name="group",
+        scratch_types=[
+            plgpu.SMEM((cut.warpgroups, *cut.shape), jnp.float32),
+            plgpu.Barrier(num_arrivals=cut.warpgroups),
+            *scratch,
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
+    )
+    inputs = cut.view(x), *(cut.view(w) for w in weights), *operands
+    if in_place:
+        y = jnp.zeros_like(x, jnp.float32) if residual is None else residual
+        ref = jax.new_ref(cut.view(y))
+        run(*inputs, ref)
+        return jax.freeze(ref).reshape(tokens, width)
+    y = jnp.sum(run(*inputs), axis=0).reshape(tokens, width)
+    return y if residual is None else residual + y
+
+
+def staging_bytes(width: int) -> int:
+    """Shared memory that `launch` itself takes."""
+    return 4 * width
+
+
+def unsupported(x: jax.Array) -> str | None:
+    """Why the kernels cannot take these tokens, or None."""
     tokens, width = x.shape
     quantum = 512 // x.dtype.itemsize
     if not hasattr(plgpu, "InterpretGPUParams"):
@@ -89,6 +201,26 @@ def largest_divisor(n: int, at_most: int) -> int:
     return max(k for k in range(1, at_most + 1) if n % k == 0)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The FFN over chosen blocks of neurons
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut. All are upper bounds: they shrink to fit the shape."""
+
+    rows: int = 2  # neurons a step
+    stages: int = 8  # steps in the ring
+    warpgroups: int = 2  # of a thread block; they split the width
+    blocks: int = MULTIPROCESSORS  # thread blocks, at most one a step
+
+
+def default_tuning(tokens: int) -> Tuning:
+    """For an H100: as many rows a step as the registers hold beside the tokens."""
+    return Tuning(rows=2 if tokens <= 2 else 1)
+
+
 def chosen_neurons_ffn(
     x: jax.Array,
     weights: PackedFFN,
@@ -96,10 +228,14 @@ def chosen_neurons_ffn(
     residual: jax.Array | None,
     *,
     activation: Activation,
+    deterministic: bool,
     interpret: Any,
     tuning: Tuning | None,
 ) -> jax.Array:
     """The gated FFN over the neurons that a mask chooses, in blocks: float32 [B, D].
+
+    A step is some neurons' rows of all three matrices. Thread block i takes the steps i, i + blocks, ... that any token
+    uses: active blocks of neurons are spread over all.
 
     Args:
         mask: bool [B, E] of E blocks of neurons.
@@ -108,30 +244,23 @@ def chosen_neurons_ffn(
     tuning = tuning or default_tuning(tokens)
     shape = cut(width, x.dtype, tuning.warpgroups)
     rows = largest_divisor(neurons // blocks, tuning.rows)
-    step_bytes = 3 * rows * width * x.dtype.itemsize
-    stages = max(2, min(tuning.stages, RING_BYTES // step_bytes))
     steps, steps_a_block = neurons // rows, neurons // rows // blocks
     workers = min(tuning.blocks, steps)
     chunks = pl.cdiv(blocks, CHUNK)
-    groups, panels = shape.warpgroups, shape.panels
-    panel = (4, 32 * shape.vector)
+    free = SHARED_BYTES // pl.cdiv(workers, MULTIPROCESSORS) - staging_bytes(width) - chunks * CHUNK
+    stages = max(2, min(tuning.stages, free // (3 * rows * width * x.dtype.itemsize)))
 
-    def kernel(
-        flags_ref: Any, x_ref: Any, gate: Any, up: Any, down: Any, out: Any,
-        ring: Any, flags: Any, partial: Any, filled: Any, flags_filled: Any, met: Any,
-    ) -> None:  # fmt: skip
-        first, group = jax.lax.axis_index("block"), jax.lax.axis_index("group")
-        own = pl.ds(group * panels, panels)
+    def kernel(team: Team, emit: Any, matrices: Sequence[Any], operands: Sequence[Any], scratch: Sequence[Any]) -> None:
+        (flags_ref,), (ring, flags, products, filled, flags_filled) = operands, scratch
+        first, group = jax.lax.axis_index("block"), team.group
 
         @pl.when(group == 0)
         def _() -> None:
             @pl.loop(0, chunks)
-            def _(chunk: jax.Array) -> None:  # beyond the last block, the copy engine fills in zeros
+            def _(chunk: jax.Array) -> None:  # beyond the last flag, the copy engine fills in zeros
                 some = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.copy_gmem_to_smem(flags_ref.at[some], flags.at[some], flags_filled)
 
-        xs = [plgpu.load(x_ref.at[b, own], layout=shape.layout, optimized=False) for b in range(tokens)]
-        xs = [x.astype(jnp.float32) for x in xs]
         plgpu.barrier_wait(flags_filled)
 
         def users(step: jax.Array) -> jax.Array:
@@ -145,34 +274,9 @@ def chosen_neurons_ffn(
         def fetch(step: jax.Array, slot: Any) -> None:
             @pl.when(step < steps)
             def _() -> None:
-                for i, matrix in enumerate((gate, up, down)):
-                    source = matrix.at[pl.ds(step * rows, rows), own]
+                for i, matrix in enumerate(matrices):
+                    source = matrix.at[pl.ds(step * rows, rows), team.own]
                     plgpu.copy_gmem_to_smem(source, ring.at[group, slot, i], filled.at[group * stages + slot])
-
-        def compute(step: jax.Array, slot: jax.Array, parity: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
-            row = lambda i, r: plgpu.load(ring.at[group, slot, i, r], layout=shape.layout).astype(jnp.float32)
-            for r in range(rows):
-                for i in (0, 1):
-                    weight = row(i, r)
-                    for b, x in enumerate(xs):
-                        partial[parity, i, r, b, group] = jnp.sum(jnp.sum(weight * x, axis=0), axis=1)
-            plgpu.commit_smem()
-            if groups > 1:
-                plgpu.barrier_arrive(met)
-                plgpu.barrier_wait(met)
-
-            def total(i: int, r: int, b: int) -> jax.Array:
-                return sum(partial[parity, i, r, b, g, warp] for g in range(groups) for warp in range(4))
-
-            used, sums = users(step), list(sums)
-            for r in range(rows):
-                weight = row(2, r)
-                for b in range(tokens):
-                    hidden = activate(activation, total(0, r, b)) * total(1, r, b)
-                    if tokens > 1:
-                        hidden = jnp.where((used >> b) & 1 == 1, hidden, 0.0)
-                    sums[b] = sums[b] + hidden * weight
-            return sums
 
         step, ahead = first, []  # the steps in the ring, oldest first
         for slot in range(stages):
@@ -184,38 +288,45 @@ def chosen_neurons_ffn(
         def advance(carry: Any) -> Any:
             (current, *later), step, slot, parity, sums = carry
             plgpu.barrier_wait(filled.at[group * stages + slot])
-            sums = compute(current, slot, parity, sums)
+            for r in range(rows):
+                for i in (0, 1):
+                    team.put_products(products.at[parity, i, r], team.load(ring.at[group, slot, i, r]))
+            team.meet()
+            used, sums = users(current), list(sums)
+            for r in range(rows):
+                down = team.load(ring.at[group, slot, 2, r])
+                for b in range(tokens):
+                    gate, up = (team.get_product(products.at[parity, i, r, b]) for i in (0, 1))
+                    hidden = activate(activation, gate) * up
+                    if tokens > 1:
+                        hidden = jnp.where((used >> b) & 1 == 1, hidden, 0.0)
+                    sums[b] = sums[b] + hidden * down
             step = next_used(step)
             plgpu.commit_smem()  # the slot has been read
             fetch(step, slot)
             return (*later, step), step + workers, (slot + 1) % stages, 1 - parity, tuple(sums)
 
-        zeros = plgpu.layout_cast(jnp.zeros((panels, *panel), jnp.float32), shape.layout)
-        carry = (tuple(ahead), step, jnp.int32(0), jnp.int32(0), (zeros,) * tokens)
-        totals = jax.lax.while_loop(lambda carry: carry[0][0] < steps, advance, carry)[-1]
-        for b in range(tokens):
-            out[first, b, own] = totals[b]
+        carry = (tuple(ahead), step, jnp.int32(0), jnp.int32(0), (team.zeros(),) * tokens)
+        emit(jax.lax.while_loop(lambda carry: carry[0][0] < steps, advance, carry)[-1])
 
-    parts = plgpu.kernel(
+    return launch(
         kernel,
-        out_type=like(x, (workers, tokens, groups * panels, *panel), jnp.float32),
-        grid=(workers,),
-        grid_names=("block",),
-        num_threads=groups,
-        thread_name="group",
-        scratch_types=[
-            plgpu.SMEM((groups, stages, 3, rows, panels, *panel), x.dtype),
+        x,
+        weights,
+        [token_bits(mask)],
+        residual,
+        cut=shape,
+        blocks=workers,
+        scratch=[
+            plgpu.SMEM((shape.warpgroups, stages, 3, rows, *shape.shape), x.dtype),
             plgpu.SMEM((chunks * CHUNK,), jnp.int8),
-            plgpu.SMEM((2, 2, rows, tokens, groups, 4), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=groups * stages),
+            plgpu.SMEM((2, 2, rows, tokens, shape.warpgroups, 4), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=shape.warpgroups * stages),
             plgpu.Barrier(num_arrivals=chunks),
-            plgpu.Barrier(num_arrivals=groups),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
-    )(token_bits(mask), shape.view(x), *(shape.view(w) for w in weights))
-    y = jnp.sum(parts, axis=0).reshape(tokens, width)
-    return y if residual is None else residual + y
+        deterministic=deterministic,
+        interpret=interpret,
+    )
 
 
 def token_bits(mask: jax.Array) -> jax.Array:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Activation, PackedFFN, block_sparse_ffn
-from pallas_kernels.block_sparse_ffn import reference
+from pallas_kernels import Activation, PackedFFN, Predictor, block_sparse_ffn, neuron_sparse_ffn
+from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn.reference import Router
+from pallas_kernels.neuron_sparse_ffn import reference as neuron_reference
 from tests.aot import H100, compile_for
 from tests.kernels import assert_close, random
 from tests.test_kernels_ffn import RELU, SILU, Case
@@ -22,8 +23,9 @@ if not hasattr(plgpu, "InterpretGPUParams"):
 
 from pallas_kernels import mosaic_gpu as shared  # noqa: E402
 from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_sparse  # noqa: E402
+from pallas_kernels.neuron_sparse_ffn import mosaic_gpu as neuron_sparse  # noqa: E402
 
-Tuning = shared.Tuning
+Tuning, Exact = shared.Tuning, neuron_sparse.Tuning
 NARROW = Case(width=128, neurons=24, block=4)  # the narrowest that the layouts allow: the interpreter is slow
 CASES = {
     "one token": (NARROW, Tuning(blocks=2)),
@@ -53,7 +55,33 @@ def test_block_sparse(case: Case, tuning: Any, capfd: pytest.CaptureFixture[str]
     run = partial(block_sparse.block_sparse_ffn, **keywords, tuning=tuning, interpret=interpret)
     got = jax.jit(run)(*operands)
     assert not racing(capfd)
-    assert_close(got, reference.block_sparse_ffn(*operands, **keywords))
+    assert_close(got, block_reference.block_sparse_ffn(*operands, **keywords))
+
+
+NEURON_CASES = {
+    "exact": (Case(1, 256, 24, dtype=jnp.bfloat16, activation=RELU), Exact(blocks=2)),
+    "exact, two tokens and warpgroups, a short ring": (
+        Case(2, 512, 12, dtype=jnp.float16, activation=RELU),
+        Exact(rows=3, stages=2, slots=2, blocks=2),
+    ),
+    "exact, all active, one slot": (dataclasses.replace(NARROW, activation=SILU), Exact(slots=1, blocks=3)),
+    "exact, none active": (
+        dataclasses.replace(NARROW, activation=Activation("fatrelu", 100.0), residual=False),
+        Exact(blocks=2),
+    ),
+    "predicted": (dataclasses.replace(NARROW, tokens=2, activation=RELU), Tuning(blocks=2)),
+}
+
+
+@pytest.mark.parametrize(("case", "tuning"), NEURON_CASES.values(), ids=NEURON_CASES)
+def test_neuron_sparse(case: Case, tuning: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    predictor = case.predictor() if isinstance(tuning, Tuning) else None
+    operands = case.x(), case.weights(), predictor, None
+    keywords = {"residual": case.base(), "activation": case.activation}
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    got = jax.jit(partial(neuron_sparse.neuron_sparse_ffn, **keywords, tuning=tuning, interpret=interpret))(*operands)
+    assert not racing(capfd)
+    assert_close(got, neuron_reference.neuron_sparse_ffn(*operands, **keywords))
 
 
 def test_block_sparse_by_name_routed_in_vmap_and_shards() -> None:
@@ -102,22 +130,30 @@ def test_refusals(case: Case, names: str) -> None:
         )
 
 
+def test_no_cutoff() -> None:
+    with pytest.raises(ValueError, match="takes no cutoff"):
+        neuron_sparse_ffn(
+            NARROW.x(),
+            NARROW.weights(),
+            activation=RELU,
+            cutoff=jnp.zeros(NARROW.neurons),
+            implementation="mosaic_gpu",
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # For the H100
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def shapes(tokens: int, width: int, neurons: int, block: int, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
-    """x, weights, router and residual."""
+def shapes(tokens: int, width: int, neurons: int, dtype: Any) -> tuple[Any, PackedFFN, Any]:
+    """x, weights and residual."""
     weight = jax.ShapeDtypeStruct((neurons, width), dtype)
-    return (
-        jax.ShapeDtypeStruct((tokens, width), dtype),
-        PackedFFN(weight, weight, weight),
-        Router(jax.ShapeDtypeStruct((neurons // block, width), dtype), jax.ShapeDtypeStruct((1,), jnp.float32)),
-        jax.ShapeDtypeStruct((tokens, width), jnp.float32),
-    )
+    residual = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
+    return jax.ShapeDtypeStruct((tokens, width), dtype), PackedFFN(weight, weight, weight), residual
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "width", "neurons", "block", "dtype"),
     [
@@ -127,11 +163,28 @@ def shapes(tokens: int, width: int, neurons: int, block: int, dtype: Any = jnp.b
         (2, 2560, 6912, 12, jnp.float32),
     ],
 )
-def test_block_sparse_compiles_for_the_h100(tokens: int, width: int, neurons: int, block: int, dtype: Any) -> None:
-    def run(x: Any, weights: Any, router: Any, residual: Any) -> jax.Array:
-        return block_sparse.block_sparse_ffn(
-            x, weights, router, residual=residual, activation=SILU, block_size=block, tuning=None
-        )
+def test_block_sparse_compiles_for_the_h100(
+    tokens: int, width: int, neurons: int, block: int, dtype: Any, deterministic: bool
+) -> None:
+    def run(x: Any, weights: Any, residual: Any, router: Any) -> jax.Array:
+        keywords = {"activation": SILU, "block_size": block, "deterministic": deterministic}
+        return block_sparse.block_sparse_ffn(x, weights, router, residual=residual, **keywords)
 
-    compiled = compile_for(H100, run, *shapes(tokens, width, neurons, block, dtype))
+    router = jax.ShapeDtypeStruct((neurons // block, width), dtype), jax.ShapeDtypeStruct((1,), jnp.float32)
+    compiled = compile_for(H100, run, *shapes(tokens, width, neurons, dtype), Router(*router))
+    assert "mosaic_gpu" in compiled.as_text()
+    partials = 4 * 132 * tokens * width
+    assert (compiled.memory_analysis().temp_size_in_bytes >= partials) == deterministic
+
+
+@pytest.mark.parametrize("rank", [None, 128])
+def test_neuron_sparse_compiles_for_the_h100(rank: int | None) -> None:
+    """Exact and predicted, in a mesh of one: the in-place addition keeps its types."""
+    x, weights, residual = shapes(1, 4096, 11008, jnp.bfloat16)
+    predictor = None
+    if rank is not None:
+        sizes = [((rank, 4096), jnp.bfloat16), ((11008, rank), jnp.bfloat16), ((11008,), jnp.float32)]
+        predictor = Predictor(*(jax.ShapeDtypeStruct(*size) for size in sizes))
+    run = partial(neuron_sparse_ffn, activation=RELU, implementation="mosaic_gpu")
+    compiled = compile_for(H100, lambda x, w, r, p: run(x, w, p, residual=r), x, weights, residual, predictor)
     assert "mosaic_gpu" in compiled.as_text()

@@ -34,6 +34,7 @@ from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_mosaic
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn import triton as block
 from pallas_kernels.block_sparse_ffn.reference import Router
+from pallas_kernels.neuron_sparse_ffn import mosaic_gpu as neuron_mosaic
 from pallas_kernels.neuron_sparse_ffn import reference as neuron_reference
 from pallas_kernels.neuron_sparse_ffn import triton as neuron
 
@@ -87,8 +88,16 @@ def mosaic_tunings(tokens: int) -> Iterator[mosaic.Tuning]:
     yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
 
 
-def neuron_tunings(predicted: bool) -> Iterator[neuron.Tuning]:
+def neuron_tunings(predicted: bool) -> Iterator[neuron.Tuning | neuron_mosaic.Tuning | mosaic.Tuning]:
     """The most promising first."""
+    if predicted:
+        yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
+        yield mosaic.Tuning(rows=1, stages=4, warpgroups=1, blocks=264)
+    else:
+        yield neuron_mosaic.Tuning()
+        yield neuron_mosaic.Tuning(rows=8, stages=2)
+        yield neuron_mosaic.Tuning(warpgroups=4)
+        yield neuron_mosaic.Tuning(rows=2, stages=3, slots=2, blocks=264)
     all_rows = (32, 64, 16) if predicted else (16, 8, 32)
     yield neuron.default_tuning(predicted)
     for rows, (group, chunk, warps) in itertools.product(
@@ -239,8 +248,10 @@ class Bench:
             moved = active * BLOCK * 3 * self.width * 2 // len(layers) + blocks * self.width * 2
             inputs.append((sparsity, layers, moved + self.io_bytes(tokens)))
 
-        def layer(tuning: block.Tuning | mosaic.Tuning) -> Callable[..., jax.Array]:
-            run = block.block_sparse_ffn if isinstance(tuning, block.Tuning) else block_mosaic.block_sparse_ffn
+        def layer(tuning: Any) -> Callable[..., jax.Array]:
+            run: Any = block.block_sparse_ffn
+            if not isinstance(tuning, block.Tuning):
+                run = block_mosaic.block_sparse_ffn
             return lambda x, y, w: run(
                 x, *w, residual=y, activation=SILU, block_size=BLOCK, tuning=tuning, interpret=self.interpret
             )
@@ -273,8 +284,11 @@ class Bench:
                 layers.append((w, predictor))
             inputs.append((sparsity, layers, moved))
 
-        def layer(tuning: neuron.Tuning) -> Callable[..., jax.Array]:
-            return lambda x, y, w: neuron.neuron_sparse_ffn(
+        def layer(tuning: Any) -> Callable[..., jax.Array]:
+            run: Any = neuron.neuron_sparse_ffn
+            if not isinstance(tuning, neuron.Tuning):
+                run = neuron_mosaic.neuron_sparse_ffn
+            return lambda x, y, w: run(
                 x, w[0], w[1], None, residual=y, activation=RELU, tuning=tuning, interpret=self.interpret
             )
 

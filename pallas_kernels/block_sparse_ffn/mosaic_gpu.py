@@ -12,7 +12,7 @@ from pallas_kernels.mosaic_gpu import Tuning
 
 
 def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None:
-    return shared.unsupported(x, weights)
+    return shared.unsupported(x)
 
 
 def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
@@ -31,12 +31,18 @@ def block_sparse_ffn(
     residual: jax.Array | None,
     activation: Activation,
     block_size: int,
-    deterministic: bool = True,
+    deterministic: bool = False,
     interpret: Any = False,
     tuning: Tuning | None = None,
 ) -> jax.Array:
-    """As `reference.block_sparse_ffn`; always deterministic."""
-    mask = active_blocks(x, choice)
+    """As `reference.block_sparse_ffn`."""
     return shared.chosen_neurons_ffn(
-        x, weights, mask, residual, activation=activation, interpret=interpret, tuning=tuning
+        x,
+        weights,
+        active_blocks(x, choice),
+        residual,
+        activation=activation,
+        deterministic=deterministic,
+        interpret=interpret,
+        tuning=tuning,
     )
