@@ -208,8 +208,9 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         _check_positive(self, "intermediate_size", "value_dim")
-        for pairs in self.rope_pairs or ():
-            good = 0 < len(pairs) == len(self.rope_pairs[0]) and list(pairs) == sorted(set(pairs)) and pairs[0] >= 0
+        heads = self.rope_pairs or ()
+        for pairs in heads:
+            good = 0 < len(pairs) == len(heads[0]) and list(pairs) == sorted(set(pairs)) and pairs[0] >= 0
             check(good, "rope_pairs", "rising indices, equally many for each key-value head", self.rope_pairs)
 
     def query_dim(self, config: "LlamaConfig") -> int:

@@ -89,7 +89,7 @@ class Layout:
 class Leaf:
     """One leaf of the parameter tree: a tensor of Hugging Face, or L of them where it is stacked."""
 
-    path: tuple[str | int, ...]  # a number: of a layer, where the layers are a list
+    path: tuple[Any, ...]  # names; after "layers" a number, where the layers are a list
     names: tuple[str, ...]  # Hugging Face's; one a layer
     layout: Layout  # of one of them
     shape: tuple[int, ...]  # ours, of one of them
@@ -127,7 +127,7 @@ def in_order(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensors[name] for name in sorted(tensors, key=depth)}
 
 
-def tree(values: dict[tuple[str | int, ...], Any]) -> Any:
+def tree(values: dict[tuple[Any, ...], Any]) -> Any:
     """The nested dict of values by path; numbers make a list."""
     root: dict[Any, Any] = {}
     for (*parents, last), value in values.items():
