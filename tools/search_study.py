@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from jsparse import hf, model
-from jsparse.bench import SHAPES
+from jsparse.bench.shapes import SHAPES
 from jsparse.config import LayerShape, LlamaConfig
 from jsparse.inference import evaluate, generate, pack
 from jsparse.methods.evolution import Evolution, evolve
