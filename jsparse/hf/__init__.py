@@ -3,5 +3,6 @@
 from jsparse.hf.config import read_config
 from jsparse.hf.folder import load, save
 from jsparse.hf.gguf import import_gguf, load_gguf
+from jsparse.hf.prune import prune_folder
 
-__all__ = ["import_gguf", "load", "load_gguf", "read_config", "save"]
+__all__ = ["import_gguf", "load", "load_gguf", "prune_folder", "read_config", "save"]

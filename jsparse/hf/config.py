@@ -120,6 +120,8 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
     """
     rest = dict(values)
     shapes = rest.pop("layers", None) if rest.get("model_type") == "jsparse" else None
+    if rest.get("model_type") == "jsparse":
+        rest.pop("packed", None)  # how tensors are stored, see jsparse.hf.packed
     _check_kind(rest)
     for name in _SIZES:
         check(rest.get(name) is not None, name, "a size", None)
@@ -252,8 +254,8 @@ def _write_rope(config: LlamaConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
-    """The plainest folder that holds a model, or the wanted one if it can.
+def choose_format(config: LlamaConfig, wanted: str = "auto", packed: bool = False) -> Format:
+    """The plainest folder that holds a model, or the wanted one if it can; `packed`: with packed matrices.
 
     Raises:
         ConfigError: the wanted format cannot express the model; the message names those that can.
@@ -264,9 +266,8 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         if not isinstance(config.activation, FatRelu):
             able.insert(0, "llama")
     even = config.hidden_size % config.num_attention_heads == 0
-    if (
-        not even or config.router is not None or config.layers is not None
-    ):  # transformers' LlamaConfig refuses the first
+    # transformers' LlamaConfig refuses the first
+    if not even or config.router is not None or config.layers is not None or packed:
         able = ["jsparse"]
     if wanted == "auto":
         return able[0]
@@ -281,6 +282,8 @@ def choose_format(config: LlamaConfig, wanted: str = "auto") -> Format:
         reason = "routers"
     if config.layers is not None:
         reason = "layers of different shapes"
+    if packed:
+        reason = "packed matrices"
     raise ConfigError(f"format {wanted!r} cannot hold {reason}; formats that can: {', '.join(able)}")
 
 

@@ -1,5 +1,5 @@
-"""LLaMA with zeros in its feed-forward activations, or with layers of different widths: the config, for `transformers`
-with `trust_remote_code=True`.
+"""LLaMA with zeros in its feed-forward activations, with packed weights, or with layers of different widths: the
+config, for `transformers` with `trust_remote_code=True`.
 
 hidden_act is any of transformers' own, or
     "fatrelu"       g where g >= hidden_act_param, else 0
@@ -11,6 +11,9 @@ layers, of a searched subnet, holds for each layer
     intermediate_size   the width of its MLP
     value_dim           the width of a head's values
     rope_pairs          of each key-value head, which rotary pairs its keys and its group's queries keep; null: all
+
+packed holds for gate_proj, up_proj and down_proj, where they are packed, the pattern and the axis of its groups:
+"2:4 output" keeps 2 of each 4 consecutive outputs of an input.
 """
 
 from transformers import LlamaConfig
@@ -26,6 +29,7 @@ class JsparseConfig(SparseLlamaConfig):
     model_type = "jsparse"
 
     layers: list[dict] | None = None
+    packed: dict[str, str] | None = None
 
     def validate_architecture(self):
         """Heads need not divide the hidden size: head_dim is explicit."""

@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import itertools
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jsparse import model
 from jsparse.config import ConfigError, LlamaConfig, check
 from jsparse.hf.config import choose_format, read_config, to_hf
 from jsparse.hf.names import HARMLESS, Leaf, in_order, leaves, tree
+from jsparse.hf.packed import Packing, dense, from_config, load_stack, outgoing, to_config
 from jsparse.hf.tensors import DTYPES, Outgoing, Stored, copy, open_folder, pieces, write_folder, write_json
+from jsparse.methods.packing import pack_params
+from jsparse.methods.patterns import NofM, replace
+from pallas_kernels import PackedNM
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -32,7 +37,9 @@ CODE_FILES = ("configuration_sparsellama.py", "modeling_sparsellama.py")  # trav
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[LlamaConfig, model.Params]:
+def load(
+    path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, packed: bool = False
+) -> tuple[LlamaConfig, model.Params]:
     """Reads a model folder.
 
     Every process reads only what its devices hold, piece by piece: beside the parameters the host needs room for one
@@ -43,6 +50,9 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tu
         dtype: to convert to; float32 islands (norms, thresholds, routers) become float32. By default every tensor
             keeps the dtype it is stored in, bit for bit.
         mesh: where to put the parameters, sharded by the rules of `jsparse.parallel`; by default the first device.
+        packed: N:M matrices of the MLP come as `pallas_kernels.PackedNM` leaves, whole on every device: those that the
+            folder holds packed, and those whose zeros make a pattern (`jsparse.methods.packing`). By default they come
+            dense, with their zeros.
 
     Returns:
         The config and the parameter tree of `jsparse.model`: stacked, unless the layers differ in shape.
@@ -51,24 +61,54 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tu
         ConfigError: not a model folder, a model that jsparse does not compute, or a mesh that does not divide it.
         ValueError: a tensor is missing, unknown or misshapen, or a file is damaged.
     """
-    config = read_config(path)
-    return config, assemble(config, open_folder(Path(path)), Path(path), dtype, mesh)
+    config, where = read_config(path), Path(path)
+    stored, packing = open_folder(where), read_packing(path)
+    unpacked = dense(stored, packing, where)
+    if not packed or not packing or config.layers is not None:
+        params = assemble(config, unpacked, where, dtype, mesh)
+        return config, pack_params(params) if packed else params
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    place = functools.partial(jax.device_put, device=everywhere)
+    params = assemble(config, unpacked, where, dtype, mesh, leave=packing)
+    pairs = {name: load_stack(stored, "model.layers.", name, config.num_hidden_layers, axis,
+                              None if dtype is None else to_dtype(dtype), place)
+             for name, (_, axis) in packing.items()}  # fmt: skip
+    return config, params | {"layers": replace(params["layers"], pairs)}
 
 
-def assemble(config: LlamaConfig, stored: dict[str, Stored], where: Path, dtype: Any, mesh: Mesh | None) -> Any:
-    """The parameter tree of stored tensors under Hugging Face's names."""
+def read_packing(path: str | Path) -> Packing:
+    """Which matrices a model folder holds packed."""
+    file = Path(path) / "config.json"
+    return from_config(json.loads(file.read_text(encoding="utf-8")).get("packed") or {}, f"{file}: packed")
+
+
+def assemble(
+    config: LlamaConfig,
+    stored: dict[str, Stored],
+    where: Path,
+    dtype: Any,
+    mesh: Mesh | None,
+    leave: Iterable[str] = (),
+) -> Any:
+    """The parameter tree of stored tensors under Hugging Face's names; matrices named in `leave` are not read."""
     found = leaves(config)
     check_stored(config, found, stored, where)
     islands = jax.tree.leaves(model.islands(config))
     places = [None] * len(found) if mesh is None else jax.tree.leaves(model.shardings(config, mesh))
     values = {}
     for leaf, island, place in zip(found, islands, places, strict=True):
+        if ".".join(map(str, leaf.path[-2:])) in leave:
+            continue
         sources = [stored[name] for name in leaf.names]
-        kinds = {s.dtype for s in sources}
-        kept = kinds.pop() if len(kinds) == 1 and DTYPES["F64"] not in kinds else np.dtype(np.float32)
-        target = kept if dtype is None else np.dtype(np.float32) if island else to_dtype(dtype)
-        values[leaf.path] = _put(leaf, sources, target, place)
+        target = kept_dtype(sources) if dtype is None else np.dtype(np.float32) if island else to_dtype(dtype)
+        values[leaf.path] = put(leaf, sources, target, place)
     return tree(values)
+
+
+def kept_dtype(sources: list[Stored]) -> np.dtype:
+    """The dtype that tensors of one leaf are kept in: their own, and float32 where they differ or are float64."""
+    kinds = {s.dtype for s in sources}
+    return kinds.pop() if len(kinds) == 1 and DTYPES["F64"] not in kinds else np.dtype(np.float32)
 
 
 def check_stored(config: LlamaConfig, found: list[Leaf], stored: dict[str, Stored], where: Path) -> None:
@@ -99,7 +139,7 @@ def _equal(a: Stored, b: Stored) -> bool:
     return all(np.array_equal(a.read((rows, width)), b.read((rows, width))) for rows in cuts)
 
 
-def _put(leaf: Leaf, sources: list[Stored], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+def put(leaf: Leaf, sources: list[Stored], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """One leaf, read into its devices' shards."""
     shape = (len(sources), *leaf.shape) if leaf.stacked else leaf.shape
     if place is None:
@@ -173,7 +213,8 @@ def save(
     Args:
         path: the new folder.
         config: of the model.
-        params: its parameters, stacked or unstacked, sharded or not, of any dtypes that safetensors knows.
+        params: its parameters, stacked or unstacked, sharded or not, of any dtypes that safetensors knows; PackedNM
+            leaves are written packed.
         tokenizer: a folder whose tokenizer files and generation_config.json are copied byte for byte.
         dtype: of every tensor written but thresholds and routers, which stay float32. By default each keeps its own.
         format: "llama" (any runtime loads it), "sparsellama" (FATReLU, as ProSparse's authors publish it), "jsparse"
@@ -187,13 +228,14 @@ def save(
         ValueError: parameters that do not fit the config.
         OSError: cannot write; nothing is left behind.
     """
-    chosen = choose_format(config, format)
+    packing = _packing(params)
+    chosen = choose_format(config, format, packed=bool(packing))
     check_target(Path(path), overwrite)  # in every process, so that none waits for one that has given up
-    outgoing = _outgoing(config, params, dtype)
+    tensors = _outgoing(config, params, dtype, packing)
     if jax.process_index() == 0:
-        write_model(Path(path), config, outgoing, chosen, tokenizer, max_shard_bytes, overwrite, {})
+        write_model(Path(path), config, tensors, chosen, tokenizer, max_shard_bytes, overwrite, {}, to_config(packing))
     else:
-        for tensor in outgoing.values():  # gathering takes every process
+        for tensor in tensors.values():  # gathering takes every process
             for _ in tensor.rows():
                 pass
     if jax.process_count() > 1:
@@ -208,9 +250,14 @@ def write_model(
     tokenizer: str | Path | None,
     max_shard_bytes: float,
     overwrite: bool,
-    extra: dict[str, str],
+    extra: Mapping[str, str | Callable[[], str]],
+    fields: dict[str, Any] | None = None,
 ) -> None:
-    """A whole model folder from tensors under Hugging Face's names; `extra`: text files, by name."""
+    """A whole model folder from tensors under Hugging Face's names.
+
+    `extra` holds text files by name; what is callable is called once the tensors are written. `fields` are more fields
+    of config.json.
+    """
     files = [] if tokenizer is None else [f for name in TOKENIZER_FILES for f in sorted(Path(tokenizer).glob(name))]
     if tokenizer is not None and not files:
         raise ConfigError(f"{tokenizer}: no tokenizer files")
@@ -218,7 +265,7 @@ def write_model(
     for tensor in tensors.values():
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
     with whole_folder(path, overwrite) as folder:
-        values = to_hf(config, format, dtype=max(sizes, key=lambda name: sizes[name]))
+        values = to_hf(config, format, dtype=max(sizes, key=lambda name: sizes[name])) | (fields or {})
         write_json(folder / "config.json", values)
         ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if any(x is not None for x in ids.values()):
@@ -229,12 +276,12 @@ def write_model(
                 copied = folder / file.relative_to(tokenizer)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
-        for name, text in extra.items():
-            (folder / name).write_text(text, encoding="utf-8")
         if format != "llama":
             for name in CODE_FILES:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
         write_folder(folder, tensors, max_shard_bytes)
+        for name, text in extra.items():
+            (folder / name).write_text(text if isinstance(text, str) else text(), encoding="utf-8")
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -271,10 +318,10 @@ def whole_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _outgoing(config: LlamaConfig, params: model.Params, dtype: Any) -> dict[str, Outgoing]:
+def _outgoing(config: LlamaConfig, params: model.Params, dtype: Any, packing: Packing) -> dict[str, Outgoing]:
     """Every tensor to write, in the order of the model."""
     _check_params(config, params)
-    outgoing: dict[str, Outgoing] = {}
+    tensors: dict[str, Outgoing] = {}
     for leaf in leaves(config):
         for i, name in enumerate(leaf.names):
             value, layer = _pick(params, leaf, i)
@@ -282,15 +329,39 @@ def _outgoing(config: LlamaConfig, params: model.Params, dtype: Any) -> dict[str
             if leaf.path[-1] in ("threshold", "router", "router_threshold"):
                 target = np.dtype(np.float32)
             check(target in DTYPES.values(), f"dtype of {name}", f"one of {', '.join(DTYPES)}", target.name)
-            rows = functools.partial(_rows, value, layer, leaf, target)
-            outgoing[name] = Outgoing(leaf.layout.shape(leaf.shape), target, rows)
-    return in_order(outgoing)
+            shape = leaf.layout.shape(leaf.shape)
+            if isinstance(value, PackedNM):
+                one = functools.partial(_packed_layer, value, layer)
+                tensors |= outgoing(name, shape, target, packing[".".join(map(str, leaf.path[-2:]))], one)
+            else:
+                rows = functools.partial(rows_of, value, layer, leaf, target)
+                tensors[name] = Outgoing(shape, target, rows)
+    return in_order(tensors)
+
+
+def _packing(params: model.Params) -> Packing:
+    """The patterns of the PackedNM leaves; those of one name are of one pattern in all layers."""
+    found: Packing = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed):
+        if isinstance(x, PackedNM):
+            name = ".".join(key.key for key in path[-2:])
+            kind = NofM(x.n, x.m), x.axis
+            check(found.setdefault(name, kind) == kind, name, f"{found[name]} in every layer", kind)
+    return found
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedNM)
+
+
+def _packed_layer(value: PackedNM, layer: int | None) -> PackedNM:
+    return value if layer is None else jax.tree.map(lambda x: x[layer], value)
 
 
 def _check_params(config: LlamaConfig, params: model.Params) -> None:
     def shapes(params: Any) -> dict[str, tuple[int, ...]]:
-        found = jax.tree_util.tree_leaves_with_path(params)
-        return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in found}
+        found = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
+        return {jax.tree_util.keystr(path, simple=True, separator="."): _shape(x) for path, x in found}
 
     abstract = model.abstract(config)
     if isinstance(params.get("layers"), list | tuple):
@@ -305,6 +376,11 @@ def _check_params(config: LlamaConfig, params: model.Params) -> None:
         raise ValueError(f"params: unknown {name} of shape {got[name]}: the model of the config has none")
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+    """That of a leaf as it would be dense."""
+    return (*x.values.shape[:-3], *x.shape) if isinstance(x, PackedNM) else x.shape
+
+
 def _pick(params: model.Params, leaf: Leaf, i: int) -> tuple[Any, int | None]:
     """The array that holds a leaf's i-th tensor, and the index to take of it (None: the array itself)."""
     value: Any = params
@@ -312,10 +388,10 @@ def _pick(params: model.Params, leaf: Leaf, i: int) -> tuple[Any, int | None]:
         value = value[key]
         if leaf.stacked and isinstance(value, list | tuple):
             value = value[i]
-    return value, i if leaf.stacked and value.ndim > len(leaf.shape) else None
+    return value, i if leaf.stacked and len(_shape(value)) > len(leaf.shape) else None
 
 
-def _rows(value: Any, layer: int | None, leaf: Leaf, dtype: np.dtype) -> Iterator[np.ndarray]:
+def rows_of(value: Any, layer: int | None, leaf: Leaf, dtype: np.dtype) -> Iterator[np.ndarray]:
     """A tensor in Hugging Face's layout, in pieces of consecutive rows, on the host."""
     if not leaf.shape:
         yield np.asarray(value if layer is None else value[layer]).astype(dtype).reshape(1)

@@ -1,5 +1,5 @@
-"""LLaMA with zeros in its feed-forward activations, or with layers of different widths, for `transformers` with
-`trust_remote_code=True`."""
+"""LLaMA with zeros in its feed-forward activations, with packed weights, or with layers of different widths, for
+`transformers` with `trust_remote_code=True`."""
 # mypy: ignore-errors
 
 import copy
@@ -62,6 +62,45 @@ class CettMLP(nn.Module):
         return self.down_proj(keep(hidden.abs(), hidden, self.threshold.float()))
 
 
+class PackedLinear(nn.Module):
+    """A linear layer that holds, of each M consecutive outputs or inputs, the N weights that are not 0 and where they
+    stood. Unpacks them at each call: it saves memory, not time.
+
+    values   [N, O / M, I] along outputs, [N, O, I / M] along inputs
+    indices  uint8 [b, N, O / M, I / 8] or [b, N, O / 8, I / M]: plane p holds byte p of words of eight b-bit indices
+    """
+
+    def __init__(self, linear, packed):
+        super().__init__()
+        pattern, self.axis = packed.split()
+        self.n, self.m = map(int, pattern.split(":"))
+        self.out, self.inputs = linear.out_features, linear.in_features
+        if self.axis == "output":
+            rows, columns = self.out // self.m, self.inputs
+            words = rows, -(-columns // 8)
+        else:
+            rows, columns = self.out, self.inputs // self.m
+            words = -(-rows // 8), columns
+        self.bits = self.m.bit_length() - 1
+        values, indices = torch.zeros(self.n, rows, columns), torch.zeros(self.bits, self.n, *words, dtype=torch.uint8)
+        self.values = nn.Parameter(values.to(linear.weight.dtype), requires_grad=False)
+        self.indices = nn.Parameter(indices, requires_grad=False)
+        self.bias = linear.bias
+
+    def dense(self):
+        planes = self.indices.long()
+        word = sum(planes[p] << (8 * p) for p in range(self.bits))
+        fields = torch.stack([word >> (self.bits * s) & (self.m - 1) for s in range(8)], dim=2)
+        index = fields.flatten(2) if self.axis == "output" else fields.flatten(1, 2)
+        _, rows, columns = self.values.shape
+        groups = self.values.new_zeros(self.m, rows, columns).scatter(0, index[:, :rows, :columns], self.values)
+        order = (1, 0, 2) if self.axis == "output" else (1, 2, 0)
+        return groups.permute(order).reshape(self.out, self.inputs)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense(), self.bias)
+
+
 class NarrowAttention(LlamaAttention):
     """Attention that keeps some rotary pairs of queries and keys, each at its own frequency, and some dims of values.
 
@@ -121,6 +160,8 @@ class _Sparse:
                 layer.mlp.act_fn = ACTIVATIONS[name](*(param if isinstance(param, list | tuple) else [param]))
             elif name == "cett":
                 layer.mlp = CettMLP(layer.mlp, width)
+            for matrix, packed in (getattr(config, "packed", None) or {}).items():
+                setattr(layer.mlp, matrix, PackedLinear(getattr(layer.mlp, matrix), packed))
 
 
 class SparseLlamaModel(_Sparse, LlamaModel):

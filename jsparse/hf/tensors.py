@@ -19,7 +19,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_KINDS = DTYPES | {"U8": np.dtype(np.uint8)}  # and that of packed indices
+_CODES = {dtype: code for code, dtype in _KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _open_file(file: Path) -> dict[str, Stored]:
         raise ValueError(f"{file}: truncated or damaged safetensors file ({error})") from None
     tensors = {}
     for name, (shape, code) in found.items():
-        if code not in DTYPES:
+        if code not in _KINDS:
             raise ValueError(f"{file}: tensor {name}: expected one of {', '.join(DTYPES)}, got {code} (quantised?)")
 
         def read(index: tuple[slice, ...], name: str = name) -> np.ndarray:
@@ -82,7 +83,7 @@ def _open_file(file: Path) -> dict[str, Stored]:
             with safe_open(file, framework="numpy") as f:
                 return f.get_slice(name)[index]
 
-        tensors[name] = Stored(file, shape, DTYPES[code], read)
+        tensors[name] = Stored(file, shape, _KINDS[code], read)
     return tensors
 
 
@@ -155,7 +156,9 @@ def _write_file(file: Path, tensors: dict[str, Outgoing]) -> None:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # keeps every tensor aligned
+    ordered = list(tensors.items())
+    if any(t.nbytes % 8 for t in tensors.values()):
+        ordered.sort(key=lambda item: -item[1].dtype.itemsize)  # keeps every tensor aligned
     for name, t in ordered:
         header[name] = {"dtype": _CODES[t.dtype], "shape": t.shape, "data_offsets": [end, end + t.nbytes]}
         end += t.nbytes

@@ -104,10 +104,10 @@ def get(tree: Any, name: str) -> Any:
 
 
 def replace(tree: Any, values: Mapping[str, Any]) -> Any:
-    """The tree with other leaves under these names."""
+    """The tree with other or new leaves under these names."""
     for name, value in values.items():
         part, leaf = name.split(".")
-        tree = tree | {part: tree[part] | {leaf: value}}
+        tree = tree | {part: tree.get(part, {}) | {leaf: value}}
     return tree
 
 
