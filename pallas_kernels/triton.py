@@ -6,6 +6,7 @@ each, and its loads are issued before the first of them is needed. Triton wants 
 two, so rows are cut into chunks of one.
 """
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -145,10 +146,12 @@ def row_products(
     chunks: Sequence[Any],
     keep: jax.Array | None = None,
     again: bool = False,
+    ahead: Callable[[], Any] | None = None,
 ) -> list[list[jax.Array]]:
     """Products of rows of several matrices with every token: [matrix][token], each float32 [rows].
 
-    Each thread sums what it loaded; the threads meet once, at the end.
+    Each thread sums what it loaded; the threads meet once, at the end. `ahead` is called before they do: to issue
+    loads of what comes next.
     """
 
     def per_thread(tile: jax.Array, x: jax.Array) -> jax.Array:
@@ -156,15 +159,17 @@ def row_products(
         n, size = product.shape
         return jnp.sum(product.reshape(n, max(size // VECTOR, 1), -1), axis=2)
 
-    products: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
+    partial: list[list[list[Any]]] = []  # by size of chunk, matrix and token
     for _, same_size in itertools.groupby(enumerate(chunks), key=lambda chunk: chunk[1].size):
         sums: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
         for c, k in same_size:
             for m, tile in enumerate([load_weights(w_ref, rows, k, keep, again) for w_ref in w_refs]):
                 sums[m] = [s + per_thread(tile, token[c]) for s, token in zip(sums[m], x, strict=True)]
-        for m, per_token in enumerate(sums):
-            products[m] = [p + jnp.sum(s, axis=1) for p, s in zip(products[m], per_token, strict=True)]
-    return products
+        partial.append(sums)
+    if ahead is not None:
+        ahead()
+    total = lambda m, b: functools.reduce(jnp.add, [jnp.sum(sums[m][b], axis=1) for sums in partial])
+    return [[total(m, b) for b in range(len(x))] for m in range(len(w_refs))]
 
 
 def weighted_rows(tile: jax.Array, h: jax.Array) -> jax.Array:

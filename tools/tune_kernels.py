@@ -2,7 +2,10 @@
 
     python tools/tune_kernels.py --out tune.json
     python tools/tune_kernels.py --out tune.json --ops block --batch 1 8 --shape llama2-13b --seconds 200
+    python tools/tune_kernels.py --out tune.json --ops exact --only rows=16 warps=8
     python tools/tune_kernels.py --out tune.json --shape tiny --layers 2 --tokens 2      # anywhere, in the interpreter
+
+jax is all it needs; without an installed jsparse, put the repository on PYTHONPATH.
 
 A run decodes `--tokens` tokens through `--layers` layers of random weights in one compiled loop, each layer added to
 the float32 residual stream: layers enough that none is found in the cache, and no host in between. The time of a layer
@@ -56,25 +59,28 @@ def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning]:
         yield from mosaic_tunings(tokens)
     fma, dot = functools.partial(block.Tuning, "fma"), functools.partial(block.Tuning, "dot")
     if tokens <= 4:
-        yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8)
-        yield fma(rows=8, chunk=1024, down_chunk=4096, warps=4)
-        yield fma(rows=16, chunk=2048, down_chunk=2048, warps=8)
-        yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8)
-        yield fma(rows=8, chunk=1024, down_chunk=1024, warps=4)
-        yield fma(rows=16, chunk=4096, down_chunk=4096, warps=16)
-        yield fma(rows=8, chunk=4096, down_chunk=4096, warps=16)
-        yield fma(rows=32, chunk=2048, down_chunk=2048, warps=8)
-        yield fma(rows=4, chunk=1024, down_chunk=4096, warps=4)
-        yield fma(rows=16, chunk=1024, down_chunk=1024, warps=4)
-        yield fma(rows=32, chunk=4096, down_chunk=4096, warps=16)
-        yield fma(rows=8, chunk=512, down_chunk=2048, warps=2)
+        for programs in (264, 0):
+            yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, programs=programs)
+            yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8, programs=programs)
+            yield fma(rows=8, chunk=4096, down_chunk=4096, warps=16, programs=programs)
+            yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, programs=programs)
+        yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, ahead=False)
+        yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, ahead=False, router="fused")
+        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, router="fused")
+        yield fma(rows=2, chunk=4096, down_chunk=4096, warps=16, programs=528)
+        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, programs=396, ahead=False)
+        yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8, programs=528, ahead=False)
+        yield fma(rows=8, chunk=4096, down_chunk=4096, warps=16, programs=132)
     yield dot(rows=32, chunk=128, down_chunk=128, warps=4, stages=4)
-    yield dot(rows=32, chunk=256, down_chunk=256, warps=4, stages=3)
-    yield dot(rows=16, chunk=256, down_chunk=256, warps=4, stages=4)
-    yield dot(rows=32, chunk=128, down_chunk=256, warps=4, stages=6)
-    yield dot(rows=16, chunk=128, down_chunk=256, warps=4, stages=5)
+    yield dot(rows=32, chunk=256, down_chunk=128, warps=4, stages=3)
+    if tokens == 1:
+        return
     yield dot(rows=32, chunk=256, down_chunk=256, warps=8, stages=4)
+    yield dot(rows=16, chunk=256, down_chunk=256, warps=4, stages=4)
     yield dot(rows=16, chunk=512, down_chunk=256, warps=4, stages=3)
+    yield dot(rows=32, chunk=128, down_chunk=256, warps=4, stages=6)
+    yield dot(rows=16, chunk=128, down_chunk=128, warps=2, stages=4)
+    yield dot(rows=32, chunk=64, down_chunk=64, warps=4, stages=6)
 
 
 def mosaic_tunings(tokens: int) -> Iterator[mosaic.Tuning]:
@@ -93,19 +99,17 @@ def neuron_tunings(predicted: bool) -> Iterator[neuron.Tuning | neuron_mosaic.Tu
     if predicted:
         yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
         yield mosaic.Tuning(rows=1, stages=4, warpgroups=1, blocks=264)
+        choices = [(64, 8, 4096, 16), (64, 4, 2048, 8), (32, 4, 4096, 16), (32, 2, 4096, 16), (64, 4, 4096, 16),
+                   (32, 4, 2048, 8), (32, 8, 2048, 8), (16, 2, 2048, 8)]  # fmt: skip
     else:
         yield neuron_mosaic.Tuning()
         yield neuron_mosaic.Tuning(rows=8, stages=2)
         yield neuron_mosaic.Tuning(warpgroups=4)
         yield neuron_mosaic.Tuning(rows=2, stages=3, slots=2, blocks=264)
-    all_rows = (32, 64, 16) if predicted else (16, 8, 32)
-    yield neuron.default_tuning(predicted)
-    for rows, (group, chunk, warps) in itertools.product(
-        all_rows, [(4, 2048, 8), (2, 2048, 8), (4, 1024, 4), (2, 1024, 4), (4, 4096, 16)]
-    ):
-        tuning = neuron.Tuning(rows, group, chunk, warps)
-        if tuning != neuron.default_tuning(predicted):
-            yield tuning
+        choices = [(16, 4, 2048, 8), (16, 2, 4096, 16), (8, 2, 2048, 8), (16, 4, 4096, 16), (8, 1, 4096, 16),
+                   (32, 4, 4096, 16)]  # fmt: skip
+    for choice in choices:
+        yield neuron.Tuning(*choice)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -124,12 +128,27 @@ def seconds_of(f: Callable[..., Any], *args: Any, repeats: int) -> float:
     return statistics.median(times)
 
 
-def bandwidth(mib: int, repeats: int) -> dict[str, float]:
-    """TB/s of copying and of reading."""
+def bandwidth(mib: int, passes: int, repeats: int) -> dict[str, float]:
+    """TB/s of copying and of reading, each many times over a buffer that no cache holds, in one compiled loop."""
     x = jax.random.normal(jax.random.key(0), (mib * 2**18,), jnp.float32)
-    copy = seconds_of(jax.jit(lambda x: x + 1), x, repeats=repeats)
-    read = seconds_of(jax.jit(jnp.sum), x, repeats=repeats)
-    return {"copy": 2 * x.nbytes / copy / 1e12, "read": x.nbytes / read / 1e12}
+
+    @jax.jit
+    def copy(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, passes, lambda _, x: x + 1, x)
+
+    @jax.jit
+    def read(x: jax.Array) -> jax.Array:
+        def body(_: Any, total: jax.Array) -> jax.Array:
+            held, total = jax.lax.optimization_barrier((x, total))
+            return total + jnp.sum(held)
+
+        return jax.lax.fori_loop(0, passes, body, jnp.float32(0))
+
+    moved = passes * x.nbytes / 1e12
+    return {
+        "copy": 2 * moved / seconds_of(copy, x, repeats=repeats),
+        "read": moved / seconds_of(read, x, repeats=repeats),
+    }
 
 
 def decode_loop(layer: Callable[..., jax.Array], count: int) -> Callable[..., jax.Array]:
@@ -169,7 +188,7 @@ class Bench:
             )
 
         self.layers = [make(jax.random.key(i)) for i in range(args.layers)]
-        self.bandwidth = bandwidth(args.bandwidth_mib, args.repeats)
+        self.bandwidth = bandwidth(args.bandwidth_mib, args.bandwidth_passes, args.repeats)
         print("  ".join(f"{k} {v:.2f} TB/s" for k, v in self.bandwidth.items()), flush=True)
 
     def x(self, tokens: int) -> jax.Array:
@@ -202,6 +221,8 @@ class Bench:
                 return
             backend = type(tuning).__module__.split(".")[-1]
             label = " ".join([backend, *(f"{k}={v}" for k, v in dataclasses.asdict(tuning).items())])
+            if not all(part in label.split() for part in self.args.only):
+                continue
             try:
                 run = decode_loop(layer(tuning), self.args.tokens)
                 for sparsity, layers, moved in inputs:
@@ -240,9 +261,9 @@ class Bench:
             layers, active = [], 0
             for w, router in zip(self.layers, routers, strict=True):
                 scores = jax.nn.sigmoid(x.astype(jnp.float32) @ router.astype(jnp.float32).T)
-                ordered = jnp.sort(scores.ravel())
+                ordered = jnp.concatenate([jnp.zeros(1), jnp.sort(scores.ravel())])
                 cut = round(sparsity * scores.size)
-                threshold = ordered[cut - 1 : cut] if cut else jnp.zeros(1)
+                threshold = jnp.mean(ordered[cut : cut + 2])[None]  # halfway, so that rounding moves no block
                 layers.append((w, Router(router, threshold)))
                 active += int(jnp.sum(jnp.any(scores > threshold, axis=0)))
             moved = active * BLOCK * 3 * self.width * 2 // len(layers) + blocks * self.width * 2
@@ -305,11 +326,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="tokens; the neuron-sparse ones take one")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
+    parser.add_argument("--only", nargs="*", default=[], help="tunings with all of these settings, as in rows=8")
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=8, help="decoded in one run")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="decoded in one run")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=240, help="after these, what is left is not tried")
     parser.add_argument("--bandwidth-mib", type=int, default=2048)
+    parser.add_argument("--bandwidth-passes", type=int, default=40)
     args = parser.parse_args()
 
     bench = Bench(args)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import triton as shared
+from pallas_kernels.backend import like
 from pallas_kernels.block_sparse_ffn.reference import Router
 from pallas_kernels.ffn import Activation, PackedFFN, activate
 
@@ -31,6 +32,9 @@ class Tuning:
     down_chunk: int  # columns of down
     warps: int
     stages: int = 2  # loads in flight of the dot path
+    router: Literal["fused", "apart"] = "apart"  # in every program of the fma path, or in a short launch before
+    ahead: bool = True  # fma: loads the first chunk of down before gate and up are summed
+    programs: int = 0  # fma, router apart: so many programs share the active rows evenly; 0: one program for any rows
 
 
 def default_tuning(tokens: int, dtype: Any) -> Tuning:
@@ -67,19 +71,16 @@ def block_sparse_ffn(
     neurons = weights.gate.shape[0]
     tuning = tuning or default_tuning(x.shape[0], x.dtype)
     tuning = replace(tuning, rows=shared.power_of_two(tuning.rows, block_size))
-    chosen = tuple(choice) if isinstance(choice, Router) else (choice.astype(jnp.int32),)
-    kernel = functools.partial(
-        {"fma": _fma_kernel, "dot": _dot_kernel}[tuning.path],
-        routed=isinstance(choice, Router),
-        activation=activation,
-        block_size=block_size,
-        tuning=tuning,
-    )
+    if deterministic or tuning.path == "dot" or tuning.router == "fused":
+        tuning = replace(tuning, programs=0)
+    fused = isinstance(choice, Router) and tuning.path == "fma" and tuning.router == "fused"
+    chosen = tuple(choice) if fused else (_mask(x, choice, interpret),)
+    body: Callable[..., None] = _dot_kernel if tuning.path == "dot" else _fma_kernel
     return shared.accumulate(
-        kernel,
+        functools.partial(body, activation=activation, block_size=block_size, tuning=tuning),
         (x, *weights, *chosen),
         residual,
-        programs=neurons // tuning.rows,
+        programs=tuning.programs or neurons // tuning.rows,
         warps=tuning.warps,
         stages=tuning.stages,
         deterministic=deterministic,
@@ -87,64 +88,97 @@ def block_sparse_ffn(
     )
 
 
+def _mask(x: jax.Array, choice: Router | jax.Array, interpret: Any) -> jax.Array:
+    """The active blocks, int32 [B, E]: a program scores two blocks."""
+    if not isinstance(choice, Router):
+        return choice.astype(jnp.int32)
+    blocks = choice.weight.shape[0]
+    some = shared.power_of_two(2, blocks)
+
+    def kernel(x_ref: Any, weight_ref: Any, threshold_ref: Any, mask_ref: Any) -> None:
+        threshold = threshold_ref[0]
+        rows, chunks = pl.ds(pl.program_id(0) * some, some), shared.columns(x_ref.shape[1], 4096)
+        (scores,) = shared.row_products([weight_ref], rows, shared.load_tokens(x_ref, chunks), chunks)
+        for b, score in enumerate(scores):
+            mask_ref[b, rows] = (jax.lax.logistic(score) > threshold).astype(jnp.int32)
+
+    out = like(x, (x.shape[0], blocks), jnp.int32)
+    return shared.call(kernel, out, programs=blocks // some, warps=16, interpret=interpret)(x, *choice)
+
+
 def _fma_kernel(
     x_ref: Any, gate_ref: Any, up_ref: Any, down_ref: Any, *refs: Any,
-    routed: bool, activation: Activation, block_size: int, tuning: Tuning,
+    activation: Activation, block_size: int, tuning: Tuning,
 ) -> None:  # fmt: skip
     *choice_refs, out = refs
     tokens, width = x_ref.shape
-    first = pl.program_id(0) * tuning.rows
-    rows, block = pl.ds(first, tuning.rows), first // block_size
+    program = pl.program_id(0)
+    parts = block_size // tuning.rows  # of a block
     chunks = shared.columns(width, tuning.chunk)
-    x = shared.load_tokens(x_ref, chunks)
+    down_chunks = shared.columns(width, tuning.down_chunk)
 
-    if routed:
-        router_ref, threshold_ref = choice_refs
-        (scores,) = shared.row_products([router_ref], pl.ds(block, 1), x, chunks, again=True)
-        wanted = [jax.lax.logistic(jnp.sum(s)) > threshold_ref[0] for s in scores]
-    else:
-        wanted = [choice_refs[0][b, block] > 0 for b in range(tokens)]
+    def run(first: jax.Array, wanted: list[jax.Array], x: list[list[jax.Array]]) -> None:
+        rows, tiles = pl.ds(first, tuning.rows), []
 
-    def run() -> None:
-        gate, up = shared.row_products([gate_ref, up_ref], rows, x, chunks)
-        hidden = [
-            jnp.where(w, activate(activation, g, shared.erf) * u, 0.0) for w, g, u in zip(wanted, gate, up, strict=True)
-        ]
-        for k in shared.columns(width, tuning.down_chunk):
-            tile = shared.load_weights(down_ref, rows, k)
+        def load_down() -> None:
+            tiles.append(shared.load_weights(down_ref, rows, down_chunks[0]))
+
+        ahead = load_down if tuning.ahead else None
+        gate, up = shared.row_products([gate_ref, up_ref], rows, x, chunks, ahead=ahead)
+        hidden = [activate(activation, g, shared.erf) * u for g, u in zip(gate, up, strict=True)]
+        hidden = [jnp.where(w, h, 0.0) for w, h in zip(wanted, hidden, strict=True)]
+        for k in down_chunks:
+            tile = tiles.pop() if tiles else shared.load_weights(down_ref, rows, k)
             for b, h in enumerate(hidden):
                 out.add(pl.ds(b, 1), k, shared.weighted_rows(tile, h)[None])
 
-    out.when(functools.reduce(jnp.logical_or, wanted), run)
+    if tuning.programs:
+        (mask_ref,) = choice_refs
+        blocks = mask_ref.shape[1]
+        size = pl.next_power_of_2(blocks)
+        lanes, block = pl.ds(0, size), jnp.arange(size)
+        real = (block < blocks)[None]
+        masks = [plt.load(mask_ref.at[pl.ds(b, 1), lanes], mask=real, other=0).reshape(-1) for b in range(tokens)]
+        union = functools.reduce(jnp.maximum, masks)
+        place = jnp.where(union > 0, jnp.cumsum(union) - 1, -1)  # among the active blocks
+        x = shared.load_tokens(x_ref, chunks)
+
+        def share(i: jax.Array, _: None) -> None:
+            part = program + i * tuning.programs
+            found = place == part // parts
+            pick = lambda v: jnp.sum(jnp.where(found, v, 0))
+            run(pick(block) * block_size + part % parts * tuning.rows, [pick(m) > 0 for m in masks], x)
+
+        jax.lax.fori_loop(0, pl.cdiv(jnp.sum(union) * parts - program, tuning.programs), share, None)
+    elif len(choice_refs) == 2:
+        router_ref, threshold_ref = choice_refs
+        threshold, x = threshold_ref[0], shared.load_tokens(x_ref, chunks)
+        (scores,) = shared.row_products([router_ref], pl.ds(program // parts, 1), x, chunks, again=True)
+        wanted = [jax.lax.logistic(jnp.sum(s)) > threshold for s in scores]
+        any_wants = functools.reduce(jnp.logical_or, wanted)
+        out.when(any_wants, lambda: run(program * tuning.rows, wanted, x))
+    else:
+        (mask_ref,) = choice_refs
+        wanted = [mask_ref[b, program // parts] > 0 for b in range(tokens)]
+        any_wants = functools.reduce(jnp.logical_or, wanted)
+        out.when(any_wants, lambda: run(program * tuning.rows, wanted, shared.load_tokens(x_ref, chunks)))
 
 
 def _dot_kernel(
-    x_ref: Any, gate_ref: Any, up_ref: Any, down_ref: Any, *refs: Any,
-    routed: bool, activation: Activation, block_size: int, tuning: Tuning,
+    x_ref: Any, gate_ref: Any, up_ref: Any, down_ref: Any, mask_ref: Any, out: shared.Output,
+    *, activation: Activation, block_size: int, tuning: Tuning,
 ) -> None:  # fmt: skip
-    *choice_refs, out = refs
     tokens, width = x_ref.shape
     first = pl.program_id(0) * tuning.rows
     rows, block = pl.ds(first, tuning.rows), first // block_size
     padded, real = pl.ds(0, 16), jnp.arange(16) < tokens  # a tensor core takes 16 tokens
     precision = "highest" if x_ref.dtype == jnp.float32 else None
+    wanted = plt.load(mask_ref.at[padded, block], mask=real, other=0) > 0
 
     def load_x(k: Any) -> jax.Array:
         if tokens == 1:
             return jnp.broadcast_to(x_ref[0, k][None], (16, k.size))
         return plt.load(x_ref.at[padded, k], mask=jnp.broadcast_to(real[:, None], (16, k.size)), other=0.0)
-
-    if routed:
-        router_ref, threshold_ref = choice_refs
-
-        def score(k: Any, total: jax.Array) -> jax.Array:
-            r = router_ref[block, k].astype(jnp.float32)
-            return total + jnp.sum(load_x(k).astype(jnp.float32) * r[None], axis=1)
-
-        scores = _over(width, tuning.chunk, score, jnp.zeros(16, jnp.float32))
-        wanted = real & (jax.lax.logistic(scores) > threshold_ref[0])
-    else:
-        wanted = real & (plt.load(choice_refs[0].at[padded, block], mask=real, other=0) > 0)
 
     def products(k: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x = load_x(k)

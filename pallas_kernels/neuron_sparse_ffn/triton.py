@@ -129,17 +129,22 @@ def _kernel(
         found = place[None] == wanted[:, None]  # [group, rows], one neuron in each line
         pick = lambda v: jnp.sum(jnp.where(found, v[None], jnp.zeros((), v.dtype)), axis=1)
         neuron, keep = first + pick(jnp.arange(tuning.rows)), wanted < count
+        tiles: list[jax.Array] = []
+
+        def load_down(kept: jax.Array = keep) -> None:
+            tiles.extend(shared.load_weights(down_ref, neuron, k, kept) for k in chunks)
+
+        ahead = None if cutoff else load_down
         if predicted:
-            gate, up = shared.row_products([gate_ref, up_ref], neuron, x, chunks, keep)
+            gate, up = shared.row_products([gate_ref, up_ref], neuron, x, chunks, keep, ahead=ahead)
             hidden = [pick(v) * gate_act(g) * u for v, g, u in zip(values, gate, up, strict=True)]
         else:
-            (up,) = shared.row_products([up_ref], neuron, x, chunks, keep)
+            (up,) = shared.row_products([up_ref], neuron, x, chunks, keep, ahead=ahead)
             hidden = [pick(v) * u for v, u in zip(values, up, strict=True)]
         if cutoff:
             least = plt.load(cutoff[0].at[neuron], mask=keep, other=0.0)
             hidden = [jnp.where(jnp.abs(h) >= least, h, 0.0) for h in hidden]
-        used = functools.reduce(jnp.logical_or, [h != 0 for h in hidden])
-        tiles = [shared.load_weights(down_ref, neuron, k, used if cutoff else keep) for k in chunks]
+            load_down(functools.reduce(jnp.logical_or, [h != 0 for h in hidden]))
         return [
             [s + shared.weighted_rows(tile, h) for s, tile in zip(token, tiles, strict=True)]
             for token, h in zip(sums, hidden, strict=True)
