@@ -55,8 +55,8 @@ def test_packed_equals_model(config):
     @jax.jit
     def ours(packed):
         x, cache, _ = decoder.trunk(packed, prompt, config, decoder.empty_cache(packed, 2, 12, start, config))
-        y, _, _ = decoder.trunk(packed, prompt[:, :1], config, cache)
-        return decoder.logits(jnp.concatenate([x, y], axis=1), packed)
+        y, _ = decoder.step(packed, prompt[:, 0], config, cache)
+        return decoder.logits(jnp.concatenate([x, y[:, None]], axis=1), packed)
 
     expected, got = theirs(params), ours(packed)
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-4)

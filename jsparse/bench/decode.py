@@ -31,7 +31,7 @@ from jsparse.inference.decoder import (
     sparse_kind,
     used_share,
 )
-from jsparse.inference.generate import Choice, State, _decode
+from jsparse.inference.generate import Choice, State, _decode, bucket
 from jsparse.model import Cache
 from pallas_kernels.ffn import PackedFFN
 from pallas_kernels.neuron_sparse_ffn import Predictor
@@ -108,7 +108,7 @@ def bench_decode(
     until = context + 1 + steps
 
     def start() -> State:
-        return jax.block_until_ready(_random_state(dense, jax.random.key(5), shape, batch, context, until))
+        return jax.block_until_ready(_random_state(dense, jax.random.key(5), shape, batch, context, bucket(until)))
 
     def build(name: str) -> tuple[Any, Decoder, LlamaConfig, float]:
         began = time.perf_counter()

@@ -48,7 +48,7 @@ class Bandwidth:
         return max(self.copy, self.read)
 
 
-def bandwidth(size: int = 2**30, rounds: int = 16) -> Bandwidth:
+def bandwidth(size: int = 2**30, rounds: int = 160) -> Bandwidth:
     """Measures a copy and a sum of `size` random bytes."""
     x = jax.random.bits(jax.random.key(0), (size // 4096, 1024), jnp.uint32)
     copied = seconds(lambda: _copy(x, rounds))

@@ -21,6 +21,7 @@ What a decoder can skip depends on its model:
     predicted   a predictor names the neurons, and the gate is skipped too (approximate)
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +33,10 @@ from jsparse.config import LayerShape, LlamaConfig, check
 from jsparse.model import Cache, Params, activate, rms_norm, routing
 from jsparse.model.llama import cached_place
 from jsparse.model.modules import LayerCache, Place, mix_heads
+from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.backend import Implementation as KernelImplementation
 from pallas_kernels.block_sparse_ffn import block_sparse_ffn
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
 from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
 from pallas_kernels.neuron_sparse_ffn.reference import predicted_neurons
@@ -143,25 +147,15 @@ def _outputs_first(matrix: jax.Array) -> jax.Array:
 
 
 def trunk(
-    decoder: Decoder,
-    tokens: jax.Array,
-    config: LlamaConfig,
-    cache: Cache,
-    implementation: Implementation = "dense",
-    interpret: Any = False,
+    decoder: Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
-    """Hidden states of tokens int32 [B, T], which go to the cache's next T slots.
+    """Hidden states of a prompt, tokens int32 [B, T], which go to the cache's next T slots; dense.
 
     What `jsparse.model.trunk` computes of the unpacked parameters, with the residual stream in float32.
 
-    Args:
-        implementation: how FFNs are computed; any but "dense" takes one token a row (T = 1), and a decoder that can
-            skip.
-        interpret: runs a Pallas kernel on the CPU.
-
     Returns:
-        [B, T, D] in the parameters' dtype after the final norm; the cache after these tokens; and, where a decoder that
-        can skip computes densely, the share of each layer that the last tokens used, float32 [L] (`used_share`).
+        [B, T, D] in the parameters' dtype after the final norm; the cache after these tokens; and, where steps of
+        decoding can leave something out, the share of each layer that the last tokens used, float32 [L].
     """
     kind = sparse_kind(decoder, config)
     dtype = decoder.embed.dtype
@@ -176,16 +170,57 @@ def trunk(
             x = x + y
         with jax.named_scope("ffn"):
             normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
-            if implementation != "dense":
-                x = sparse_ffn(layer.ffn, normed, x, config, implementation, interpret)
-            else:
-                if kind is not None:
-                    shares.append(used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:]))
-                x = x + dense_ffn(layer.ffn, normed, config)
+            if kind is not None:
+                shares.append(used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:]))
+            x = x + dense_ffn(layer.ffn, normed, config)
         caches.append(layer_cache)
     x = rms_norm(x, decoder.norm, config.rms_norm_eps).astype(dtype)
     filled = Cache(tuple(caches), cache.start, cache.length + tokens.shape[1], cache.slots)
     return x, filled, jnp.stack(shares) if shares else None
+
+
+def step(
+    decoder: Decoder,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    cache: Cache,
+    implementation: Implementation = "dense",
+    rest: KernelImplementation | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Hidden states of one new token a row, int32 [B], which go to the cache's next slot.
+
+    What `trunk` computes of tokens [B, 1], by kernels that do more each.
+
+    Args:
+        implementation: how FFNs are computed; any but "dense" takes a decoder that can skip.
+        rest: the kernels of attention and norms, by name; None: the best there are. On a CPU, Pallas's are interpreted.
+
+    Returns:
+        [B, D] in the parameters' dtype after the final norm, and the cache.
+    """
+    dtype, eps = decoder.embed.dtype, config.rms_norm_eps
+    add_norm = functools.partial(add_rms_norm, eps=eps, dtype=dtype, implementation=rest, interpret=_interpreted())
+    x = decoder.embed[tokens].astype(jnp.float32)
+    delta = None  # what is still to be added to the residual stream
+    place = cached_place(tokens[:, None], None, cache, config)
+    caches = []
+    for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
+        with jax.named_scope("attention"):
+            x, normed = add_norm(x, layer.attention_norm, delta=delta)
+            delta, layer_cache = _attend_once(layer.attention, normed, config, shape, place, layer_cache, cache, rest)
+        with jax.named_scope("ffn"):
+            x, normed = add_norm(x, layer.ffn_norm, delta=delta)
+            if implementation == "dense":
+                delta = dense_ffn(layer.ffn, normed, config)
+            else:
+                x, delta = sparse_ffn(layer.ffn, normed, x, config, implementation), None
+        caches.append(layer_cache)
+    _, x = add_norm(x, decoder.norm, delta=delta)
+    return x, Cache(tuple(caches), cache.start, cache.length + 1, cache.slots)
+
+
+def _interpreted() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def logits(x: jax.Array, decoder: Decoder) -> jax.Array:
@@ -217,6 +252,21 @@ def _attention(
     return _add(_product(y.reshape(b, t, -1), attention.output), attention.output_bias), filled
 
 
+def _attend_once(
+    attention: Attention, x: jax.Array, config: LlamaConfig, shape: LayerShape, place: Place, layer_cache: LayerCache,
+    cache: Cache, rest: KernelImplementation | None,
+) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+    """`_attention` of one token a row: x [B, D] -> float32 [B, D], and the layer's cache."""
+    plain = shape.rope_pairs is None and shape.value_dim == config.head_dim and place.key_table is None
+    if not plain:
+        y, layer_cache = _attention(attention, x[:, None], config, shape, place, layer_cache)
+        return y[:, 0], layer_cache
+    qkv = _add(_product(x, attention.qkv), attention.qkv_bias).astype(x.dtype)
+    y, *filled = decode_attention(qkv, *layer_cache, place.cos[:, 0], place.sin[:, 0], cache.start, cache.length,
+                                  implementation=rest, interpret=_interpreted())  # fmt: skip
+    return _add(_product(y, attention.output), attention.output_bias), LayerCache(*filled)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The FFN: whole, or what is used of it
 # --------------------------------------------------------------------------------------------------------------------
@@ -236,37 +286,30 @@ def sparse_kind(decoder: Decoder, config: LlamaConfig) -> Kind | None:
 
 
 def sparse_ffn(
-    ffn: Ffn,
-    x: jax.Array,
-    residual: jax.Array,
-    config: LlamaConfig,
-    implementation: Implementation,
-    interpret: Any = False,
+    ffn: Ffn, x: jax.Array, residual: jax.Array, config: LlamaConfig, implementation: Implementation
 ) -> jax.Array:
-    """residual + FFN(x) by a kernel that reads what is used: x [B, 1, D], residual and result float32 [B, 1, D]."""
+    """residual + FFN(x) by a kernel that reads what is used: x [B, D], residual and result float32 [B, D]."""
     shared: dict[str, Any] = {
         "activation": _kernel_activation(config.activation),
-        "residual": residual[:, 0],
+        "residual": residual,
         "implementation": None if implementation == "sparse" else implementation,
-        "interpret": interpret,
+        "interpret": _interpreted(),
     }
     if config.router is not None:
-        y = block_sparse_ffn(x[:, 0], ffn.weights, ffn.router, ffn.router_threshold,
-                             block_size=config.router.block_size, **shared)  # fmt: skip
-    else:
-        y = neuron_sparse_ffn(x[:, 0], ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
-    return y[:, None]
+        return block_sparse_ffn(x, ffn.weights, ffn.router, ffn.router_threshold,
+                                block_size=config.router.block_size, **shared)  # fmt: skip
+    return neuron_sparse_ffn(x, ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
 
 
 def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
-    """FFN(x) with every neuron computed: x [B, T, D] -> float32 [B, T, D]."""
+    """FFN(x) with every neuron computed: x [..., D] -> float32 [..., D]."""
     hidden = _gate(ffn, x, config) * _add(_product(x, ffn.weights.up), ffn.up_bias).astype(x.dtype)
     if ffn.cutoff is not None:
-        kept = jnp.abs(hidden).astype(jnp.float32) >= ffn.cutoff[None, None]
+        kept = jnp.abs(hidden).astype(jnp.float32) >= _along(ffn.cutoff, hidden)
         hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
     if config.router is not None:
         hidden = routing.scale(hidden, _factors(ffn, x, hidden, config), config.router.block_size)
-    y = jnp.einsum("BTF,FD->BTD", hidden, ffn.weights.down, preferred_element_type=jnp.float32)
+    y = jnp.einsum("...F,FD->...D", hidden, ffn.weights.down, preferred_element_type=jnp.float32)
     return _add(y, ffn.down_bias)
 
 
@@ -295,18 +338,18 @@ def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind, real: ja
 
 
 def _gate(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
-    """act(x W_gate): [B, T, F] in x's dtype."""
+    """act(x W_gate): [..., F] in x's dtype."""
     return activate(config.activation, _add(_product(x, ffn.weights.gate), ffn.gate_bias).astype(x.dtype))
 
 
 def _factors(ffn: Ffn, x: jax.Array, hidden: Any, config: LlamaConfig) -> jax.Array:
-    """The factor of every block of neurons, float32 [B, T, E]."""
+    """The factor of every block of neurons, float32 [..., E]."""
     router = config.router
     assert router is not None
     if router.mode == "oracle":
         scores = routing.block_sums(hidden, router.block_size)
     else:
-        scores = jnp.einsum("BTD,ED->BTE", x, ffn.router, precision="high", preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...D,ED->...E", x, ffn.router, precision="high", preferred_element_type=jnp.float32)
     return routing.gates(router, scores, ffn.router_threshold)
 
 
@@ -332,4 +375,9 @@ def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _add(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias.astype(x.dtype)[None, None]
+    return x if bias is None else x + _along(bias.astype(x.dtype), x)
+
+
+def _along(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector as an array that broadcasts along the last axis of x."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)

@@ -23,6 +23,7 @@ from jsparse.inference.decoder import Decoder, Implementation, pack, sparse_kind
 from jsparse.inference.windows import check_ids, positions, replicated, round_up
 from jsparse.model import Cache, Params, init_cache, logits, trunk, unstack
 from jsparse.parallel import batch_shards
+from pallas_kernels.backend import Implementation as KernelImplementation
 
 STREAM = 8  # tokens between two calls back to the host when streaming
 
@@ -205,25 +206,23 @@ def _prefill(
 ) -> tuple[State, jax.Array | None]:
     """The state after left-padded prompts [B, T] and the first token of each, and what their last tokens used of each
     layer (`decoder.trunk`)."""
+    shares = None
     if isinstance(params, Decoder):
         cache = decoder.empty_cache(params, prompts.shape[0], slots, start, config)
+        x, filled, shares = decoder.trunk(params, prompts, config, cache)
+        scores = decoder.logits(x[:, -1], params)
     else:
         cache = init_cache(params, prompts.shape[0], slots, start)
-    scores, filled, shares = _forward(params, prompts, config, cache, "dense")
+        scores, filled = _forward(params, prompts, config, cache)
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1])))
     return _append(State(filled, tokens, stopped), scores, choice), shares
 
 
-def _forward(
-    params: Params | Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache, implementation: Implementation
-) -> tuple[jax.Array, Cache, jax.Array | None]:
-    """The last token's logits, float32 [B, V], of tokens [B, T]; the cache after them; the shares used."""
-    if isinstance(params, Decoder):
-        x, filled, shares = decoder.trunk(params, tokens, config, cache, implementation)
-        return decoder.logits(x[:, -1], params), filled, shares
-    x, _, moved = trunk(params, tokens, config, cache=cache)
-    assert moved is not None
-    return logits(x[:, -1], params), moved, None
+def _forward(params: Params, tokens: jax.Array, config: LlamaConfig, cache: Cache) -> tuple[jax.Array, Cache]:
+    """By the model's own layers: the logits after tokens [B, T], float32 [B, V], and the cache with them."""
+    x, _, filled = trunk(params, tokens, config, cache=cache)
+    assert filled is not None
+    return logits(x[:, -1], params), filled
 
 
 def _sharded() -> bool:
@@ -231,7 +230,7 @@ def _sharded() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "rest"), donate_argnames="state")
 def _decode(
     params: Params | Decoder,
     state: State,
@@ -240,6 +239,7 @@ def _decode(
     *,
     config: LlamaConfig,
     implementation: Implementation,
+    rest: KernelImplementation | None = None,
 ) -> State:
     """Decodes until `until` slots hold tokens or every row has stopped."""
 
@@ -248,7 +248,11 @@ def _decode(
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.cache.length, 1, axis=1)
-        scores, cache, _ = _forward(params, last, config, state.cache, implementation)
+        if isinstance(params, Decoder):
+            x, cache = decoder.step(params, last[:, 0], config, state.cache, implementation, rest)
+            scores = decoder.logits(x, params)
+        else:
+            scores, cache = _forward(params, last, config, state.cache)
         return _append(state._replace(cache=cache), scores, choice)
 
     return jax.lax.while_loop(more, step, state)
