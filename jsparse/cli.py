@@ -56,13 +56,18 @@ class Export:
     step: int | None = None  # a checkpoint kept; the newest by default
     format: Literal["auto", "llama", "sparsellama", "jsparse"] = "auto"  # auto: the plainest that holds the model
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    packed: bool = False  # pack the MLP's matrices whose zeros make N:M
     overwrite: bool = False
 
     def run(self) -> None:
         from jsparse import hf
+        from jsparse.methods.packing import pack_params, packable
         from jsparse.train.checkpoint import load_run
 
         config, params, info = load_run(self.source, self.step)
+        if self.packed:
+            check(bool(packable(params)), "--packed", "matrices whose zeros make N:M with M of 2, 4, 8 or 16", "none")
+            params = pack_params(params)
         hf.save(self.out, config, params, tokenizer=info["tokenizer"], dtype=self.dtype, format=self.format,
                 overwrite=self.overwrite)  # fmt: skip
         print(f"{self.out}: step {info['step']} of {self.source}")
@@ -113,25 +118,39 @@ class Result:
 
 @dataclass(frozen=True)
 class Eval:
-    """Perplexity, token count and activation sparsity by layer."""
+    """Perplexity, token count, activation sparsity by layer, and the pattern that the weights' zeros make."""
 
     model: Positional[str]  # model folder
     data: str  # text, JSONL, Parquet, token store or `datasets` name
     split: str = "test"  # of a `datasets` name
+    # N:M or a share to prune: exit with 1 where a matrix breaks it, and name the first group that does
+    pattern: str | None = None
+    scope: Literal["mlp", "all"] = "mlp"  # whose matrices must have --pattern: the MLP's, or attention's too
     windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows()
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
 
     def run(self) -> None:
         from jsparse import report
+        from jsparse.methods.patterns import ATTENTION, MLP, check_claim, observe, parse_pattern, shares
 
         out = _result_path(self.result, "eval", self.model, self.data)
+        claim = parse_pattern(self.pattern) if self.pattern else None
         with _model(self.model, self.compute) as (config, params):
+            if claim is not None:
+                check_claim(params, claim, MLP + ATTENTION if self.scope == "all" else MLP)
+            rows = observe(params)
+            mlp, whole = shares(rows, params)
             found = _evaluator(self, config)(params, config)
         values = {"command": "eval", "model": self.model, "data": self.data} | dataclasses.asdict(found)
+        values |= {"weights": {"pattern": self.pattern, "mlp_sparsity": mlp, "model_sparsity": whole,
+                               "matrices": [dataclasses.asdict(row) for row in rows]}}  # fmt: skip
         _print_table(report.summary_table([values | {"name": Path(self.model).name}]))
         if any(found.sparsity):
             print("sparsity by layer, %: " + " ".join(f"{100 * s:.0f}" for s in found.sparsity))
+        if any(row.zeros for row in rows):
+            made = _by_kind([(row.name, row.pattern or "no N:M") for row in rows if row.zeros])
+            print(f"zeros: {mlp:.2%} of the MLP's weights, {whole:.2%} of the model's; {made}")
         print(f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len}, stride {found.stride}, "
               f"{'no BOS' if found.bos is None else f'BOS {found.bos} before each'}")  # fmt: skip
         _write_json(out, values)
@@ -311,38 +330,48 @@ class Prune:
     seed: int = 0  # of the draw
     batch_size: int = 8
     split: str = "train"  # of a `datasets` name
+    remainder: Literal["refuse", "skip"] = "refuse"  # a matrix that groups of M do not fill: refuse, or leave it dense
+    packed: bool = (
+        False  # write the MLP's matrices packed, without their zeros: smaller, read by jsparse (docs/pruning.md)
+    )
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
     overwrite: bool = False
 
     def run(self) -> None:
-        from jsparse import hf
+        import jax
+
+        from jsparse import hf, parallel
         from jsparse.hf.folder import check_target
         from jsparse.methods.patterns import parse_pattern
-        from jsparse.methods.pruning import prune
 
         pattern = parse_pattern(self.pattern)
         mlp, attention = self._methods()
         check_target(Path(self.out), self.overwrite)
         needs = {self.method, attention.type if attention else self.method} - {"magnitude"}
         check(bool(self.calibration) or not needs, "--calibration", f"a text for {' and '.join(sorted(needs))}", "none")
+        windows = self._windows(hf.read_config(self.model)) if needs else None
+        if windows is not None:
+            print(f"calibration on {len(windows)} windows of {self.seq_len} tokens")
 
-        with _model(self.model, self.compute) as (config, params):
-            windows = self._windows(config) if needs else None
-            if windows is not None:
-                print(f"calibration on {len(windows)} windows of {self.seq_len} tokens")
-            params, _, found = prune(params, config, windows, pattern=pattern, mlp=mlp, attention=attention,
-                                     batch_size=self.batch_size, donate=True, progress=_progress("blocks"))  # fmt: skip
-            hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite)
+        about = {"command": "prune", "settings": dataclasses.asdict(self)}
+        mesh = parallel.make_mesh(MeshConfig(*self.compute.mesh))
+        with jax.set_mesh(mesh):
+            folder = hf.prune_folder(self.model, self.out, windows, pattern=pattern, mlp=mlp, attention=attention,
+                                     remainder=self.remainder, packed=self.packed, batch_size=self.batch_size,
+                                     dtype=self.compute.dtype, mesh=mesh, overwrite=self.overwrite, about=about,
+                                     progress=_progress("blocks"))  # fmt: skip
+        found = folder.report
         dead = [f"{row.dead} of {row.name}" for row in found.matrices if row.dead]
         if dead:
             more = f" and {len(dead) - 1} more matrices" if dead[1:] else ""
             print(f"channels that no calibration token reached: {dead[0]}{more}, see prune.json", file=sys.stderr)
-        print(f"{self.out}: {self.method} {pattern}, {found.mlp_sparsity:.2%} of the MLP's weights are zero, "
-              f"{found.model_sparsity:.2%} of the model's")  # fmt: skip
-        settings = dataclasses.asdict(self)
-        _write_json(
-            Path(self.out) / "prune.json", {"command": "prune", "settings": settings, **dataclasses.asdict(found)}
-        )
+        if found.skipped:
+            first = f"{len(found.skipped)} matrices, first {found.skipped[0]}"
+            print(f"left dense, as {pattern} does not divide them: {first}")
+        print(_by_kind([(row.name, f"{row.method} {pattern} along the {row.groups}") for row in found.matrices]))
+        print(f"{self.out}: {found.mlp_sparsity:.2%} of the MLP's weights are zero, {found.model_sparsity:.2%} of the "
+              f"model's; {folder.bytes:,} bytes, {folder.bytes / folder.dense_bytes:.2f} of dense")  # fmt: skip
+        print(Path(self.out) / "prune.json", file=sys.stderr)
 
     def _methods(self) -> tuple[Any, Any]:
         """The methods for the MLP and for attention. Refuses options that neither of them has."""
@@ -708,6 +737,16 @@ class _Stream:
         if not text.endswith("�"):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text
+
+
+def _by_kind(rows: Sequence[tuple[str, str]]) -> str:
+    """Of names such as `layers.0.ffn.gate`, each with a property: how many of each kind have which."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, kind in rows:
+        names = counts.setdefault(kind, {})
+        names[name.split(".", 2)[2]] = names.get(name.split(".", 2)[2], 0) + 1
+    shown = {kind: ", ".join(f"{n} {name}" for name, n in names.items()) for kind, names in counts.items()}
+    return "; ".join(f"{kind}: {names}" for kind, names in shown.items())
 
 
 def _result_path(result: Result, *parts: str) -> Path:

@@ -63,6 +63,8 @@ def test_train_export_eval_report(home, capsys):
     assert values["perplexity"] < 258
     assert run(["report", "run", "eval.json", "--out", "page"]) == 0
     assert "<html" in (home / "page" / "index.html").read_text()
+    code, error = answer(capsys, "export", "run", "run-packed", "--packed")
+    assert code == 2 and "--packed: expected matrices whose zeros make N:M" in error
     code, error = answer(capsys, "export", "run", "exported")
     assert code == 2 and "exported" in error and error.count("\n") == 1
 
@@ -116,7 +118,27 @@ def test_prune(home, capsys):
     assert run(["prune", "model", "small", "--method", "magnitude", "--pattern", "0.6"]) == 0
     _, params = hf.load(home / "small")
     assert (np.asarray(params["layers"]["ffn"]["up"]) == 0).mean() == pytest.approx(0.6, abs=1e-3)
-    assert run(["eval", "dass", "--data", "text.txt", "--seq-len", "32", "--max-tokens", "65"]) == 0
+    shared = ["--data", "text.txt", "--seq-len", "32", "--max-tokens", "65", "--json", "zeros.json", "--overwrite"]
+    assert run(["eval", "dass", *shared, "--pattern", "2:4", "--scope", "all"]) == 0
+    assert "50.00% of the MLP's" in (out := capsys.readouterr().out) and "2:4 output: 2 ffn.gate, 2 ffn.up;" in out, out
+    weights = json.loads((home / "zeros.json").read_text())["weights"]
+    assert weights["mlp_sparsity"] == 0.5 and weights["model_sparsity"] == values["model_sparsity"]
+    code, error = answer(capsys, "eval", "small", *shared, "--pattern", "2:4")
+    assert code == 1 and "layers.0.ffn.gate: pattern 2:4: " in error and "expected 2" in error
+
+
+def test_prune_packed(home, capsys):
+    options = ["--method", "dass", "--pattern", "2:4", "--calibration", "text.txt", "--samples", "2", "--seq-len", "32"]
+    assert run(["prune", "model", "packed", *options, "--packed"]) == 0
+    assert " of dense" in capsys.readouterr().out
+    assert run(["prune", "model", "zeros", *options]) == 0
+    shared = ["--data", "text.txt", "--seq-len", "32", "--max-tokens", "65"]
+    assert run(["compare", "packed", "zeros", *shared, "--json", "packed.json", "--max-kl", "0"]) == 0
+    values = json.loads((home / "packed" / "prune.json").read_text())
+    assert values["settings"]["packed"] and values["bytes"] < values["dense_bytes"]
+    wider = ["--pattern", "2:32", "--method", "wanda", "--remainder", "skip"]
+    assert run(["prune", "model", "skip", *options, *wider]) == 0
+    assert "left dense, as 2:32 does not divide them: 2 matrices, first layers.0.ffn.down" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -254,27 +254,35 @@ GROUPS = (2, 4, 8, 16, 32)  # group sizes that `observe` looks for
 def observe(params: Any) -> tuple[MatrixZeros, ...]:
     """The zeros of the blocks' matrices, and the exact N:M pattern that they make where they make one: no group keeps
     more than N, and the matrix has no more zeros, by more than a hundredth, than that asks for."""
-    found = []
-    for where, name, x, layer in each_matrix(params, MLP + ATTENTION):
-        size = x.size if layer is None else x.size // x.shape[0]
-        found.append((where, size, _observe(x, layer, name)))
+    matrices = list(each_matrix(params, MLP + ATTENTION))
+    zeros = jax.device_get([_zeros(x, layer) for _, _, x, layer in matrices])
+    sizes = [x.size if layer is None else x.size // x.shape[0] for _, _, x, layer in matrices]
+    sparse = [i for i, (n, size) in enumerate(zip(zeros, sizes, strict=True)) if n > 0.01 * size]
+    most = [_most_kept(matrices[i][2], matrices[i][3], matrices[i][1]) for i in sparse]
+    kept = dict(zip(sparse, jax.device_get(most), strict=True))
     rows = []
-    for where, size, (zeros, most) in jax.device_get(found):
-        exact = (f"{n}:{m} {axis}" for (m, axis), n in most.items() if 0 < n < m and zeros / size - 1 + n / m < 0.01)
-        rows.append(MatrixZeros(where, size, int(zeros), next(exact, None)))
+    for i, (where, _, _, _) in enumerate(matrices):
+        beyond = {key: zeros[i] / sizes[i] - (1 - n / key[0]) for key, n in kept.get(i, {}).items()}
+        exact = [f"{n}:{m} {axis}" for (m, axis), n in kept.get(i, {}).items() if 0 < n < m and beyond[m, axis] < 0.01]
+        rows.append(MatrixZeros(where, sizes[i], int(zeros[i]), exact[0] if exact else None))
     return tuple(rows)
 
 
+@jax.jit
+def _zeros(x: jax.Array, layer: Any) -> jax.Array:
+    return jnp.sum((x if layer is None else x[layer]) == 0, dtype=jnp.int32)
+
+
 @functools.partial(jax.jit, static_argnames="name")
-def _observe(x: jax.Array, layer: Any, name: str) -> tuple[jax.Array, dict[tuple[int, str], jax.Array]]:
-    """Zeros, and the most that any group of M keeps, by M and axis."""
+def _most_kept(x: jax.Array, layer: Any, name: str) -> dict[tuple[int, str], jax.Array]:
+    """The most that any group of M keeps, by M and axis."""
     kept = matrix(x if layer is None else x[layer], name) != 0
     most = {}
     for m in GROUPS:
         for axis, lines in (("input", kept.T), ("output", kept)):
             if lines.shape[1] % m == 0:
                 most[m, axis] = jnp.max(jnp.sum(lines.reshape(-1, m), axis=1, dtype=jnp.int32))
-    return jnp.sum(~kept, dtype=jnp.int32), most
+    return most
 
 
 def shares(rows: Iterable[Any], params: Any) -> tuple[float, float]:
