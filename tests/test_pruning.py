@@ -188,6 +188,54 @@ def test_masks_agree_with_pytorch(pattern):
     np.testing.assert_allclose(got, expected.numpy().T, atol=2e-4)
 
 
+def torch_drop(score: Any, count: int) -> Any:
+    """True at the `count` smallest of each row, the lower index among equals."""
+    torch = pytest.importorskip("torch")
+    order = torch.sort(score, dim=1, stable=True)[1]
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order[:, :count], True)
+
+
+@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(3, 8), Ratio(0.6)], ids=str)
+def test_blocks_agree_with_pytorch(pattern):
+    """DaSS, RIA and magnitude of a block's FFN, on PyTorch weights [out, in]."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(2)
+    linear = {name: torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
+              for name, shape in (("ffn.gate", (16, 8)), ("ffn.up", (16, 8)), ("ffn.down", (8, 16)))}  # fmt: skip
+    x, h = (torch.tensor(rng.standard_normal((30, n)) * rng.uniform(0.1, 5, n), dtype=torch.float32) for n in (8, 16))
+    x[:, 3] = 0
+
+    def rows(score: Any) -> Any:  # groups along the last axis
+        if isinstance(pattern, Ratio):
+            return torch_drop(score, int(score.shape[1] * pattern.share))
+        return torch_drop(score.reshape(-1, pattern.m), pattern.m - pattern.n).reshape(score.shape)
+
+    def whole(w: Any, score: Any) -> Any:  # what magnitude and RIA do by a ratio; ours counts along inputs first
+        if isinstance(pattern, NofM):
+            return rows(score)
+        return torch_drop(score.T.reshape(1, -1), int(w.numel() * pattern.share)).reshape(score.T.shape).T
+
+    def expected(name: str, method: Any) -> Any:
+        w, read = linear[name], h if name == "ffn.down" else x
+        match method:
+            case Magnitude():
+                return whole(w, w.abs())
+            case Ria():
+                share = w.abs() / w.abs().sum(0, keepdim=True) + w.abs() / w.abs().sum(1, keepdim=True)
+                return whole(w, share * read.norm(dim=0)[None] ** 0.5)
+        if name == "ffn.down":
+            return rows(w.abs() * h.norm(dim=0)[None])
+        return rows((w.abs() * (h**2).sum(0)[:, None] ** 0.25).T).T  # each input's outputs
+
+    layer = {"ffn": {name.split(".")[1]: jnp.asarray(w.numpy().T) for name, w in linear.items()}}
+    squares = {"ffn": (x**2).sum(0), "hidden": (h**2).sum(0)}
+    stats = {field: Stats(jnp.asarray(s.numpy()), None, jnp.float32(1)) for field, s in squares.items()}
+    for method in (Dass(), Ria(), Magnitude()):
+        _, masks = prune_block(layer, stats, tuple((name, method) for name in MLP), pattern)
+        for name in MLP:
+            np.testing.assert_array_equal(masks[name], ~expected(name, method).numpy().T, f"{method} {name}")
+
+
 def test_sparsegpt_is_explicit_obs():
     """Each input's removal is the optimal one among the inputs after it: least squares, solved anew each time."""
     w, x = layer_of(8, 5)
