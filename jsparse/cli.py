@@ -331,9 +331,7 @@ class Prune:
     batch_size: int = 8
     split: str = "train"  # of a `datasets` name
     remainder: Literal["refuse", "skip"] = "refuse"  # a matrix that groups of M do not fill: refuse, or leave it dense
-    packed: bool = (
-        False  # write the MLP's matrices packed, without their zeros: smaller, read by jsparse (docs/pruning.md)
-    )
+    packed: bool = False  # write the MLP's matrices without their zeros, see docs/pruning.md
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
     overwrite: bool = False
 

@@ -1,6 +1,7 @@
 """The pruning study of docs/results.md on one GPU: how fast, how good one-shot, how good after recovery.
 
-    PYTHONPATH=. python tools/prune_study.py MODEL --calibration TOKENS [...] --eval TOKENS [...] --train TOKENS --out results.json
+    PYTHONPATH=. python tools/prune_study.py MODEL --calibration TOKENS [...] --eval TOKENS [...] --train TOKENS \\
+        --out results.json
 
 Three parts, in this order, each on request:
 

@@ -18,10 +18,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from jsparse import model
-from jsparse.config import LlamaConfig
+from jsparse.config import LlamaConfig, check
 from jsparse.hf import packed as packed_form
 from jsparse.hf.config import choose_format, read_config
-from jsparse.hf.folder import check_stored, check_target, kept_dtype, put, read_packing, rows_of, write_model
+from jsparse.hf.folder import (
+    TOKENIZER_FILES,
+    check_stored,
+    check_target,
+    kept_dtype,
+    put,
+    read_packing,
+    rows_of,
+    write_model,
+)
 from jsparse.hf.names import Leaf, in_order, leaves, tree
 from jsparse.hf.packed import Along, Packing
 from jsparse.hf.tensors import Outgoing, Stored, open_folder, pieces
@@ -91,49 +100,40 @@ def prune_folder(
     Raises:
         ConfigError, ValueError, OSError: as `prune`, `load` and `save` raise them; nothing is left behind.
     """
+    check(jax.process_count() == 1, "prune_folder", "one process", jax.process_count())
     config, where = read_config(source), Path(source)
     todo, skipped = plans(config, pattern, mlp, attention, remainder)
-    packing: Packing = {}
-    if packed:
-        check_packable(pattern)
-        everywhere = [name for name in MLP if all(any(name == n for n, _ in plan) for plan in todo)]
-        packing = {name: (pattern, compared(name, mlp, pattern)) for name in everywhere}  # type: ignore[misc]
+    packing = _packing(todo, mlp, pattern) if packed else {}
     check_target(Path(out), overwrite)
     stored = packed_form.dense(open_folder(where), read_packing(source), where)
     found = leaves(config)
     check_stored(config, found, stored, where)
     blocks = _Blocks(config, found, stored, mesh, todo, pattern, progress)
     blocks.stream = start(blocks.embedding(), config, tokens, todo, batch_size, dtype)
-
-    tensors: dict[str, Outgoing] = {}
-    dense_bytes = 0
-    for leaf in found:
-        for i, name in enumerate(leaf.names):
-            layer = i if leaf.stacked else int(leaf.path[1]) if leaf.path[0] == "layers" else None
-            matrix_name = ".".join(map(str, leaf.path[-2:]))
-            shape, kind = leaf.layout.shape(leaf.shape), kept_dtype([stored[name]])
-            dense_bytes += int(np.prod(shape)) * kind.itemsize
-            if layer is None or all(matrix_name != n for n, _ in todo[layer]):
-                tensors[name] = Outgoing(shape, kind, functools.partial(_copy, stored[name], kind))
-            elif matrix_name in packing:
-                two = functools.partial(blocks.packed, layer, matrix_name, *packing[matrix_name])
-                tensors |= packed_form.outgoing(name, shape, kind, packing[matrix_name], two)
-            else:
-                tensors[name] = Outgoing(shape, kind, functools.partial(blocks.rows, layer, matrix_name, leaf, kind))
+    tensors = blocks.outgoing(packing)
     size = sum(tensor.nbytes for tensor in tensors.values())
+    dense_size = sum(int(np.prod(s.shape)) * kept_dtype([s]).itemsize for s in (stored[name] for name in blocks.names))
 
     def told() -> Report:
         return report(config, pattern, blocks.reported, skipped, blocks.stream, tokens)
 
     def text() -> str:
-        values = (about or {}) | dataclasses.asdict(told()) | {"bytes": size, "dense_bytes": dense_bytes}
+        values = (about or {}) | dataclasses.asdict(told()) | {"bytes": size, "dense_bytes": dense_size}
         return json.dumps(values, indent=1) + "\n"
 
     format = choose_format(config, packed=bool(packing))
-    tokenizer = source if any(where.glob("tokenizer*")) else None
-    write_model(Path(out), config, in_order(tensors), format, tokenizer, max_shard_bytes, overwrite,
+    tokenizer = source if any(any(where.glob(name)) for name in TOKENIZER_FILES) else None
+    write_model(Path(out), config, tensors, format, tokenizer, max_shard_bytes, overwrite,
                 {"prune.json": text}, packed_form.to_config(packing))  # fmt: skip
-    return Folder(told(), size, dense_bytes)
+    return Folder(told(), size, dense_size)
+
+
+def _packing(todo: list[Plan], mlp: Method, pattern: Pattern) -> Packing:
+    """The MLP's matrices that are pruned in every layer. Raises ConfigError where there are none, or no packed form."""
+    whole = check_packable(pattern)
+    names = [name for name in MLP if all(any(name == n for n, _ in plan) for plan in todo)]
+    check(bool(names), "packed", f"a matrix of the MLP that {pattern} divides in every layer", "none")
+    return {name: (whole, compared(name, mlp, whole)) for name in names}  # type: ignore[misc]
 
 
 def _copy(stored: Stored, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -170,6 +170,29 @@ class _Blocks:
         self.done = 0
         self.waiting: dict[tuple[int, str], jax.Array] = {}
         self.pairs: dict[tuple[int, str], PackedNM] = {}  # one array of each is written
+
+    @property
+    def names(self) -> list[str]:
+        """Every weight of the model, by Hugging Face's name."""
+        return [name for leaf in self.found for name in leaf.names]
+
+    def outgoing(self, packing: Packing) -> dict[str, Outgoing]:
+        """The tensors of the new folder: what is pruned comes from the pass, when it is asked for."""
+        tensors: dict[str, Outgoing] = {}
+        for leaf in self.found:
+            name = ".".join(map(str, leaf.path[-2:]))
+            for i, weight in enumerate(leaf.names):
+                source = self.stored[weight]
+                shape, dtype = leaf.layout.shape(leaf.shape), kept_dtype([source])
+                layer = i if leaf.stacked else int(leaf.path[1]) if leaf.path[0] == "layers" else None
+                if layer is None or all(name != pruned for pruned, _ in self.todo[layer]):
+                    tensors[weight] = Outgoing(shape, dtype, functools.partial(_copy, source, dtype))
+                elif name in packing:
+                    pair = functools.partial(self.packed, layer, name, *packing[name])
+                    tensors |= packed_form.outgoing(weight, shape, dtype, packing[name], pair)
+                else:
+                    tensors[weight] = Outgoing(shape, dtype, functools.partial(self.rows, layer, name, leaf, dtype))
+        return in_order(tensors)
 
     def embedding(self) -> jax.Array:
         at = [leaf.path for leaf in self.found].index(("embed",))
