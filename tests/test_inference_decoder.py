@@ -56,7 +56,8 @@ def test_packed_equals_model(config):
     def ours(packed):
         x, cache, _ = decoder.trunk(packed, prompt, config, decoder.empty_cache(packed, 2, 12, start, config))
         y, _ = decoder.step(packed, prompt[:, 0], config, cache)
-        return decoder.logits(jnp.concatenate([x, y[:, None]], axis=1), packed)
+        x = jnp.concatenate([x, y[:, None]], axis=1)
+        return decoder.logits(x.reshape(-1, x.shape[-1]), packed).reshape(2, 9, -1)
 
     expected, got = theirs(params), ours(packed)
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-4)

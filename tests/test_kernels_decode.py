@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.matvec import matvec
 from tests.aot import H100, compile_for
 from tests.kernels import BACKENDS, assert_close, random
 
@@ -91,6 +92,29 @@ def test_norm_refuses():
         add_rms_norm(x, scale.astype(jnp.bfloat16), 1e-5, jnp.float32)
     with pytest.raises(ValueError, match="'triton': expected a width of at most 16384, got 20000"):
         add_rms_norm(random(0, 1, 20000), random(1, 20000), 1e-5, jnp.float32, implementation="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 64, 40), (3, 2144, 12), (4, 48, 7)])
+def test_product(tokens, inputs, outputs, dtype, backend):
+    x, weight = random(0, tokens, inputs, dtype=dtype), random(1, outputs, inputs, dtype=dtype)
+    got = matvec(x, weight, **BACKENDS[backend])
+    assert got.dtype == jnp.float32
+    assert_close(got, matvec(x, weight, implementation="reference"), dtype)
+
+
+def test_product_refuses():
+    with pytest.raises(ValueError, match="x, weight: expected"):
+        matvec(random(0, 2, 32), random(1, 8, 16))
+    with pytest.raises(ValueError, match="'triton': expected 1 to 4 tokens, got 5"):
+        matvec(random(0, 5, 32), random(1, 8, 32), implementation="triton")
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 12288, 4096), (4, 32000, 4096), (1, 960, 576)])
+def test_product_compiles_for_the_h100(tokens, outputs, inputs):
+    x, weight = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, inputs), (outputs, inputs)))
+    compile_for(H100, lambda x, weight: matvec(x, weight, implementation="triton"), x, weight)
 
 
 @pytest.mark.parametrize("shape", [(1, 640, 32, 32, 128), (8, 640, 32, 8, 128), (1, 8192, 9, 3, 64)])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.bench.timing import CUBLAS, Bandwidth, Budget, compile_all
+from jsparse.bench.timing import CUBLAS, ONE_GRAPH, Bandwidth, Budget, compile_all
 from jsparse.config import FatRelu, LlamaConfig, Router, Silu
 from jsparse.inference.costs import bytes_read
 from jsparse.inference.decoder import (
@@ -41,20 +41,23 @@ DEVIATION = 0.02  # of every matrix, as in LLaMA's initialisation
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to decode with: what it leaves out, how much of it, and how its steps are computed."""
+    """A model to decode with: what it leaves out, how much of it, and how its steps are compiled."""
 
     leaves_out: str | None = None  # blocks, neurons or predicted
     sparsity: float = 0.0  # of each token
+    rest: Any = None  # kernels of all but sparse FFNs: the best there are, or "xla", which tunes its own
     compiler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 VARIANTS = {
     "dense": Variant(),
-    "dense, cuBLAS": Variant(compiler=CUBLAS),
     "LTE 50 %": Variant("blocks", 0.5),
     "LTE 80 %": Variant("blocks", 0.8),
     "ProSparse 89 %, exact": Variant("neurons", 0.8932),
     "ProSparse 89 %, predicted": Variant("predicted", 0.8932),
+    "LTE 50 %, one graph": Variant("blocks", 0.5, compiler=ONE_GRAPH),
+    "dense, XLA": Variant(rest="xla"),
+    "dense, cuBLAS": Variant(rest="xla", compiler=CUBLAS),
 }
 
 
@@ -95,14 +98,13 @@ def bench_decode(
 
     Args:
         speed: of the memory, measured in the same run.
-        variants: names of `VARIANTS`; dense ones come first, as what the others are compared with.
+        variants: names of `VARIANTS`. The best dense one is what the others are compared with.
         implementation: "sparse" for the best kernel there is, or a kernel by name.
         context: tokens in the cache at the first step. Its keys and values are random.
         rank: of the predictors.
-        budget: variants that it has no time left for are left out.
+        budget: variants that it has no time left for, compiling included, are left out.
         tell: called with a line of text for each measurement.
     """
-    names = sorted(variants, key=lambda name: VARIANTS[name].leaves_out is not None)
     dense = _random_decoder(shape, dtype)
     choice = Choice(np.zeros(batch, np.uint32), np.full(8, -1, np.int32), {})
     until = context + 1 + steps
@@ -110,29 +112,25 @@ def bench_decode(
     def start() -> State:
         return jax.block_until_ready(_random_state(dense, jax.random.key(5), shape, batch, context, bucket(until)))
 
-    def build(name: str) -> tuple[Any, Decoder, LlamaConfig, float]:
+    def build(name: str, first: State) -> tuple[Any, Decoder, LlamaConfig, float]:
         began = time.perf_counter()
         variant = VARIANTS[name]
         decoder, config = _variant(dense, shape, variant, rank)
         chosen: Implementation = implementation if variant.leaves_out else "dense"
-        lowered = _decode.lower(decoder, start(), choice, 0, config=config, implementation=chosen)
+        lowered = _decode.lower(decoder, first, choice, 0, config=config, implementation=chosen, rest=variant.rest)
         compiled = lowered.compile(compiler_options=variant.compiler)
         return compiled, decoder, config, time.perf_counter() - began
 
-    # The first compilation alone: it tunes the matrix products that the others share.
-    built = compile_all([functools.partial(build, names[0])])
-    built += compile_all([functools.partial(build, name) for name in names[1:]])
     rows: list[DecodeSpeed] = []
-    for name, found in zip(names, built, strict=True):
-        if isinstance(found, Exception) or budget.left < 0:
-            tell(f"{name}: left out, {'no time left' if budget.left < 0 else found}"[:300])
-            continue
-        run, decoder, config, compile_seconds = found
+
+    def measure(name: str, found: Any) -> None:
         try:
+            if isinstance(found, Exception):
+                raise found
+            run, decoder, config, compile_seconds = found
             seconds = [_timed(run, decoder, start(), choice, until) for _ in range(repeats + 1)][1:]
         except Exception as error:
-            tell(f"{name}: {error}"[:300])
-            continue
+            return tell(f"{name}: left out, {type(error).__name__}: {error}"[:300])
         ms = statistics.median(seconds) / steps * 1e3
         share = _share(decoder, config, batch)
         size = _step_bytes(decoder, config, share, batch * (context + steps / 2))
@@ -141,6 +139,14 @@ def bench_decode(
                                 compile_seconds))  # fmt: skip
         tell(f"{name:26} batch {batch:2}  {ms:8.3f} ms a step  {batch / ms * 1e3:8.1f} tokens/s  {limit / ms:4.0%} of "
              f"the limit  ({1 - share:.1%} left out; compiled in {compile_seconds:.0f} s)")  # fmt: skip
+
+    # First what compiles fast, all at once; then, one by one and measured alone, what XLA tunes on the device.
+    tuned = [name for name in variants if VARIANTS[name].rest == "xla"]
+    for names in ([name for name in variants if name not in tuned], *[[name] for name in tuned]):
+        first = start()
+        for name, found in zip(names, compile_all([functools.partial(build, n, first) for n in names], budget),
+                               strict=True):  # fmt: skip
+            measure(name, found)
     whole = [row for row in rows if VARIANTS[row.name].leaves_out is None]
     if not whole:
         return rows
@@ -239,13 +245,12 @@ def _share(decoder: Decoder, config: LlamaConfig, batch: int) -> float:
     return float(np.mean(shares))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "context", "slots"))
 def _random_state(decoder: Decoder, key: jax.Array, config: LlamaConfig, batch: int, context: int, slots: int) -> State:
     """What generation has after a prompt of `context` tokens: a cache of random keys and values."""
     cache = empty_cache(decoder, batch, slots, jnp.zeros(batch, jnp.int32), config)
     leaves, structure = jax.tree.flatten(cache.layers)
     keys = jax.random.split(key, len(leaves) + 1)
-    filled = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    filled = [_normal(k, x.shape, x.dtype.name) for k, x in zip(keys, leaves, strict=False)]
     tokens = jax.random.randint(keys[-1], (batch, slots), 0, config.vocab_size)
     layers = jax.tree.unflatten(structure, filled)
     return State(Cache(layers, cache.start, jnp.int32(context), slots), tokens, jnp.zeros(batch, bool))

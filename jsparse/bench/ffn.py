@@ -127,7 +127,7 @@ def _bench_batch(
     ffns = {kind: [_ffn(w, kind, rank) for w in weights] for kind in kinds}
     jobs = [functools.partial(_compile, plain, x, dense, "dense", options) for options in baselines.values()]
     jobs += [functools.partial(_compile, ffns[kind], x, _config(shape, kind), name, {}) for kind, name in variants]
-    compiled = compile_all(jobs)
+    compiled = compile_all(jobs, budget)
 
     rows = []
 

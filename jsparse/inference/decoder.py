@@ -38,6 +38,7 @@ from pallas_kernels.backend import Implementation as KernelImplementation
 from pallas_kernels.block_sparse_ffn import block_sparse_ffn
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
+from pallas_kernels.matvec import matvec
 from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
 from pallas_kernels.neuron_sparse_ffn.reference import predicted_neurons
 
@@ -158,25 +159,42 @@ def trunk(
         decoding can leave something out, the share of each layer that the last tokens used, float32 [L].
     """
     kind = sparse_kind(decoder, config)
-    dtype = decoder.embed.dtype
     x = decoder.embed[tokens].astype(jnp.float32)
     place = cached_place(tokens, None, cache, config)
     real = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] >= cache.start[:, None]  # not padding
     caches, shares = [], []
     for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
-        with jax.named_scope("attention"):
-            normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps).astype(dtype)
-            y, layer_cache = _attention(layer.attention, normed, config, shape, place, layer_cache)
-            x = x + y
-        with jax.named_scope("ffn"):
-            normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
-            if kind is not None:
-                shares.append(used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:]))
-            x = x + dense_ffn(layer.ffn, normed, config)
+        x, layer_cache, share = _layer_of_trunk(layer, x, layer_cache, place, real, config, shape, kind)
         caches.append(layer_cache)
-    x = rms_norm(x, decoder.norm, config.rms_norm_eps).astype(dtype)
+        shares.append(share)
+    x = rms_norm(x, decoder.norm, config.rms_norm_eps).astype(decoder.embed.dtype)
     filled = Cache(tuple(caches), cache.start, cache.length + tokens.shape[1], cache.slots)
-    return x, filled, jnp.stack(shares) if shares else None
+    return x, filled, None if kind is None else jnp.stack(shares)
+
+
+# A function of its own under jit, so that layers of one shape are traced and lowered once; XLA puts it in place.
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _layer_of_trunk(
+    layer: Layer,
+    x: jax.Array,
+    layer_cache: LayerCache,
+    place: Place,
+    real: jax.Array,
+    config: LlamaConfig,
+    shape: LayerShape,
+    kind: Kind | None,
+) -> tuple[jax.Array, LayerCache, Any]:
+    """The residual stream after a layer, its cache, and the share that the last tokens used of it."""
+    dtype, share = layer.attention.qkv.dtype, None
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps).astype(dtype)
+        y, layer_cache = _attention(layer.attention, normed, config, shape, place, layer_cache)
+        x = x + y
+    with jax.named_scope("ffn"):
+        normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
+        if kind is not None:
+            share = used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:])
+        return x + dense_ffn(layer.ffn, normed, config), layer_cache, share
 
 
 def step(
@@ -193,39 +211,66 @@ def step(
 
     Args:
         implementation: how FFNs are computed; any but "dense" takes a decoder that can skip.
-        rest: the kernels of attention and norms, by name; None: the best there are. On a CPU, Pallas's are interpreted.
+        rest: the kernels of all else, by name; None: the best there are. On a CPU, Pallas's are interpreted.
 
     Returns:
         [B, D] in the parameters' dtype after the final norm, and the cache.
     """
-    dtype, eps = decoder.embed.dtype, config.rms_norm_eps
-    add_norm = functools.partial(add_rms_norm, eps=eps, dtype=dtype, implementation=rest, interpret=_interpreted())
     x = decoder.embed[tokens].astype(jnp.float32)
     delta = None  # what is still to be added to the residual stream
     place = cached_place(tokens[:, None], None, cache, config)
     caches = []
     for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
-        with jax.named_scope("attention"):
-            x, normed = add_norm(x, layer.attention_norm, delta=delta)
-            delta, layer_cache = _attend_once(layer.attention, normed, config, shape, place, layer_cache, cache, rest)
-        with jax.named_scope("ffn"):
-            x, normed = add_norm(x, layer.ffn_norm, delta=delta)
-            if implementation == "dense":
-                delta = dense_ffn(layer.ffn, normed, config)
-            else:
-                x, delta = sparse_ffn(layer.ffn, normed, x, config, implementation), None
+        x, delta, layer_cache = _layer_of_step(layer, x, delta, layer_cache, place, cache.start, cache.length, config,
+                                               shape, implementation, rest)  # fmt: skip
         caches.append(layer_cache)
-    _, x = add_norm(x, decoder.norm, delta=delta)
+    _, x = _add_norm(x, decoder.norm, delta, decoder.embed.dtype, config, rest)
     return x, Cache(tuple(caches), cache.start, cache.length + 1, cache.slots)
+
+
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10))
+def _layer_of_step(
+    layer: Layer,
+    x: jax.Array,
+    delta: jax.Array | None,
+    layer_cache: LayerCache,
+    place: Place,
+    start: jax.Array,
+    length: jax.Array,
+    config: LlamaConfig,
+    shape: LayerShape,
+    implementation: Implementation,
+    rest: KernelImplementation | None,
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """The residual stream after a layer, what is still to be added to it, and the layer's cache."""
+    dtype = layer.attention.qkv.dtype
+    with jax.named_scope("attention"):
+        x, normed = _add_norm(x, layer.attention_norm, delta, dtype, config, rest)
+        delta, layer_cache = _attend_once(layer.attention, normed, config, shape, place, layer_cache, start, length,
+                                          rest)  # fmt: skip
+    with jax.named_scope("ffn"):
+        x, normed = _add_norm(x, layer.ffn_norm, delta, dtype, config, rest)
+        if implementation != "dense":
+            return sparse_ffn(layer.ffn, normed, x, config, implementation), None, layer_cache
+        if rest != "xla" and _streams(layer.ffn, normed, config):
+            return whole_ffn(layer.ffn, normed, x, config, rest), None, layer_cache
+        return x, dense_ffn(layer.ffn, normed, config), layer_cache
+
+
+def _add_norm(
+    x: jax.Array, scale: jax.Array, delta: jax.Array | None, dtype: Any, config: LlamaConfig, rest: Any
+) -> tuple[jax.Array, jax.Array]:
+    return add_rms_norm(x, scale, config.rms_norm_eps, dtype, delta=delta, implementation=rest,
+                        interpret=_interpreted())  # fmt: skip
 
 
 def _interpreted() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def logits(x: jax.Array, decoder: Decoder) -> jax.Array:
-    """float32 [..., V] of hidden states [..., D]."""
-    return _product(x, decoder.head)
+def logits(x: jax.Array, decoder: Decoder, rest: KernelImplementation | None = "xla") -> jax.Array:
+    """float32 [B, V] of hidden states [B, D]."""
+    return matvec(x, decoder.head, implementation=rest, interpret=_interpreted())
 
 
 def empty_cache(decoder: Decoder, batch: int, slots: int, start: jax.Array, config: LlamaConfig) -> Cache:
@@ -254,17 +299,18 @@ def _attention(
 
 def _attend_once(
     attention: Attention, x: jax.Array, config: LlamaConfig, shape: LayerShape, place: Place, layer_cache: LayerCache,
-    cache: Cache, rest: KernelImplementation | None,
+    start: jax.Array, length: jax.Array, rest: KernelImplementation | None,
 ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
     """`_attention` of one token a row: x [B, D] -> float32 [B, D], and the layer's cache."""
     plain = shape.rope_pairs is None and shape.value_dim == config.head_dim and place.key_table is None
     if not plain:
         y, layer_cache = _attention(attention, x[:, None], config, shape, place, layer_cache)
         return y[:, 0], layer_cache
-    qkv = _add(_product(x, attention.qkv), attention.qkv_bias).astype(x.dtype)
-    y, *filled = decode_attention(qkv, *layer_cache, place.cos[:, 0], place.sin[:, 0], cache.start, cache.length,
+    product = functools.partial(matvec, implementation=rest, interpret=_interpreted())
+    qkv = _add(product(x, attention.qkv), attention.qkv_bias).astype(x.dtype)
+    y, *filled = decode_attention(qkv, *layer_cache, place.cos[:, 0], place.sin[:, 0], start, length,
                                   implementation=rest, interpret=_interpreted())  # fmt: skip
-    return _add(_product(y, attention.output), attention.output_bias), LayerCache(*filled)
+    return _add(product(y, attention.output), attention.output_bias), LayerCache(*filled)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -299,6 +345,28 @@ def sparse_ffn(
         return block_sparse_ffn(x, ffn.weights, ffn.router, ffn.router_threshold,
                                 block_size=config.router.block_size, **shared)  # fmt: skip
     return neuron_sparse_ffn(x, ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
+
+
+FEW = 4  # rows up to which a kernel that streams weights past them beats XLA's matrix products
+
+
+def _streams(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> bool:
+    """Whether `whole_ffn` is the faster dense FFN, and knows this one."""
+    plain = config.router is None and ffn.gate_bias is None and ffn.cutoff is None
+    return plain and x.shape[0] <= FEW and _kernel_activation(config.activation) is not None
+
+
+def whole_ffn(
+    ffn: Ffn, x: jax.Array, residual: jax.Array, config: LlamaConfig, rest: KernelImplementation | None
+) -> jax.Array:
+    """residual + FFN(x) with every neuron computed, by the block-sparse kernel with every block in use."""
+    neurons = ffn.weights.gate.shape[0]
+    block = next(size for size in (32, 16, 8, neurons) if neurons % size == 0)
+    mask = jnp.ones((x.shape[0], neurons // block), bool)
+    activation = _kernel_activation(config.activation)
+    assert activation is not None
+    return block_sparse_ffn(x, ffn.weights, mask=mask, block_size=block, activation=activation, residual=residual,
+                            implementation=rest, interpret=_interpreted())  # fmt: skip
 
 
 def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:

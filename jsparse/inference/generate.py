@@ -250,7 +250,7 @@ def _decode(
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.cache.length, 1, axis=1)
         if isinstance(params, Decoder):
             x, cache = decoder.step(params, last[:, 0], config, state.cache, implementation, rest)
-            scores = decoder.logits(x, params)
+            scores = decoder.logits(x, params, rest)
         else:
             scores, cache = _forward(params, last, config, state.cache)
         return _append(state._replace(cache=cache), scores, choice)

@@ -53,6 +53,7 @@ class LayerCache(NamedTuple):
     v: jax.Array
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["cos", "sin", "mask", "slot", "key_table"], meta_fields=[])
 @dataclass(frozen=True)
 class Place:
     """Where the tokens of this call stand: what attention needs to know beside x. Arrays of one forward pass."""
