@@ -407,6 +407,118 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Find a smaller model in a model and repair it, without training.
+
+    Writes the subnet as a model folder of its own widths; subnet.json, in it, tells what was kept and what it costs. A
+    search that is stopped goes on when the same command is run again.
+    """
+
+    model: Positional[str]  # model folder
+    out: Positional[str]  # model folder to write
+    keep: float  # share of the parameters to keep
+    calibration: str  # text, JSONL, Parquet, token store or `datasets` name
+    # search: evolution. The others are its baselines: one ratio for all layers (uniform), the same by magnitude or at
+    # random, FLAP's fluctuation and widths, whole layers alone (depth, ShortGPT)
+    method: Literal["search", "uniform", "magnitude", "fluctuation", "depth", "random"] = "search"
+    of: Literal["total", "decoder"] = "total"  # what keep is a share of; decoder: without embedding, norm and head
+    band: float = 0.01  # a subnet keeps from keep - band to keep
+    # closed: least squares; admm: the paper's iteration; bias: FLAP's compensation
+    repair: Literal["closed", "admm", "bias", "none"] = "closed"
+    damp: float = 0.1  # of closed and admm, added to the unit diagonal of the Gram matrix
+    fitness: Literal["perplexity", "kl"] = "perplexity"  # kl: KL(dense || subnet)
+    levels: bool = False  # search over weights repaired for each width
+    ffn_low: float | None = None  # smallest share of an FFN; by default the paper's for the ratio
+    ffn_multiple: int = 64  # FFN widths are multiples of it; 256 to export as DeciLM without padding
+    attention_low: float | None = None  # smallest share of a head's dims; 1 leaves attention whole
+    attention_multiple: int = 8  # head dims are multiples of it
+    depth: int | None = None  # most layers that may go; by default the paper's for the ratio
+    epochs: int = 50  # generations
+    population: int = 100  # candidates a generation
+    parents: int = 10  # of the next generation
+    masks: Literal["constructive", "rejection"] = "constructive"  # how index sets change; rejection: the paper's
+    ratios: Literal["near", "grid"] = "near"  # how widths change: by a step or two, or to anywhere on their grid
+    samples: int = 128  # calibration windows, drawn from the text; fewer where it has no more
+    windows: int = 16  # windows to search with, and as many held out for the last choice
+    seq_len: int = 2048  # tokens of a window
+    seed: int = 0
+    batch_size: int = 8  # calibration windows a forward pass
+    together: int = 1  # candidates a forward pass, where few short windows leave the device idle
+    split: str = "train"  # of a `datasets` name
+    run_folder: str | None = None  # of the search's state and candidates.jsonl; by default OUT.search
+    zero_filled: str | None = None  # also write the subnet in the model's own shapes, which any runtime loads
+    decilm: str | None = None  # also write it as DeciLM, with whole heads and FFN widths that are multiples of 256
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse import hf
+        from jsparse.hf.decilm import MULTIPLE
+        from jsparse.hf.folder import check_target
+        from jsparse.inference.windows import positions
+        from jsparse.methods import search
+        from jsparse.methods.subnet import compact, widened
+
+        settings = self._settings()
+        for path in filter(None, (self.out, self.zero_filled, self.decilm)):
+            check_target(Path(path), self.overwrite)
+        folder = Path(self.run_folder or f"{self.out}.search") if self.method == "search" else None
+        with _model(self.model, self.compute) as (config, params):
+            limit = positions(config)
+            check(0 < self.seq_len <= limit, "--seq-len", f"1 to the model's {limit} positions", self.seq_len)
+            tokens = _tokens(self.calibration, self.split, self.model, config.vocab_size, None)
+            texts = search.draw_texts(tokens, seq_len=self.seq_len, calibration=self.samples, windows=self.windows,
+                                      seed=self.seed)  # fmt: skip
+            print(f"{len(texts.calibration)} calibration windows, {len(texts.fitness)} to search with, "
+                  f"{len(texts.heldout)} held out, of {self.seq_len} tokens")  # fmt: skip
+            found = search.search(params, config, texts, settings, folder=folder, on_stage=print,
+                                  progress=_generations())  # fmt: skip
+            small, shapes = compact(found.params, found.config, found.genome)
+            hf.save(self.out, shapes, small, tokenizer=self.model, overwrite=self.overwrite)
+            if self.zero_filled:
+                hf.save(self.zero_filled, found.config, found.params, tokenizer=self.model, overwrite=self.overwrite)
+            if self.decilm:
+                small, shapes = compact(found.params, found.config, widened(found.genome, MULTIPLE))
+                hf.save(self.decilm, shapes, small, tokenizer=self.model, format="nemotron-nas",
+                        overwrite=self.overwrite)  # fmt: skip
+        report = found.report
+        print(f"{self.out}: {report.parameters:,} parameters, {report.keep:.2%} of all, {report.keep_decoder:.2%} of "
+              "the decoder's")  # fmt: skip
+        print(f"perplexity on the windows held out: dense {report.perplexity_dense:.3f}, subnet "
+              f"{report.perplexity_before:.3f}, repaired {report.perplexity:.3f}")  # fmt: skip
+        values = {"command": "search", "settings": dataclasses.asdict(self), **dataclasses.asdict(report)}
+        _write_json(Path(self.out) / "subnet.json", values)
+
+    def _settings(self) -> Any:
+        """Refuses what does not fit before anything is loaded."""
+        from jsparse.methods.evolution import Evolution
+        from jsparse.methods.repair import Admm, Bias, ClosedForm
+        from jsparse.methods.search import SearchConfig
+        from jsparse.methods.space import Budget, SpaceConfig
+
+        repairs: dict[str, Any] = {
+            "closed": ClosedForm(self.damp),
+            "admm": Admm(damp=self.damp),
+            "bias": Bias(),
+            "none": None,
+        }
+        half, third = self.population // 2, self.population * 3 // 10  # the paper's shares
+        return SearchConfig(
+            method=self.method,
+            budget=Budget(self.keep, self.of, self.band),
+            space=SpaceConfig(ffn_low=self.ffn_low, ffn_multiple=self.ffn_multiple, attention_low=self.attention_low,
+                              attention_multiple=self.attention_multiple, depth=self.depth),
+            evolution=Evolution(epochs=self.epochs, population=self.population, mutants=half, crossovers=third,
+                                parents=self.parents, masks=self.masks, ratios=self.ratios, seed=self.seed),
+            repair=repairs[self.repair],
+            fitness=self.fitness,
+            levels=self.levels,
+            batch_size=self.batch_size,
+            together=self.together,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw runs and results: pictures and one HTML page."""
 
@@ -587,6 +699,7 @@ COMMANDS = {
     "generate": Generate,
     "threshold": Threshold,
     "prune": Prune,
+    "search": Search,
     "compare": Compare,
     "report": Report,
     "bench": Bench,
@@ -717,6 +830,24 @@ def _progress(what: str) -> Callable[[int, int], None]:
             left = (time.perf_counter() - began) / done * (total - done)
             end = "\r" if done < total else "\r\033[K"
             print(f"{done}/{total} {what}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _generations() -> Callable[[Any], None]:
+    """A line for each generation of a search: the best so far and how long the rest will take."""
+    import math
+    import time
+
+    began, before = time.perf_counter(), -1
+
+    def show(now: Any) -> None:
+        nonlocal before
+        before = now.epoch - 1 if before < 0 else before  # generations that an earlier run did
+        left = (time.perf_counter() - began) / (now.epoch - before) * (now.epochs - now.epoch)
+        best = f"{math.exp(min(now.best.loss, 700)):.3f} with {now.best.parameters:,} parameters"
+        print(f"  generation {now.epoch}/{now.epochs}: {now.candidates} candidates, best exp(loss) {best}, "
+              f"{left:.0f} s left", flush=True)  # fmt: skip
 
     return show
 

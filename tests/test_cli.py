@@ -166,6 +166,55 @@ def test_prune_refuses_in_one_line_and_leaves_nothing(home, arguments, told, cap
     assert not [path for path in home.iterdir() if "left" in path.name]
 
 
+def test_search(home, capsys, monkeypatch):
+    """A subnet and its exports, which all compute the same; stopped, it goes on; every format loads again."""
+    shared = ["--keep", "0.8", "--band", "0.05", "--calibration", "text.txt", "--seq-len", "16", "--samples", "4"]
+    shared += ["--windows", "2", "--epochs", "2", "--population", "6", "--ffn-multiple", "8", "--attention-low", "0.5"]
+    shared += ["--attention-multiple", "2"]
+    assert run(["search", "model", "sub", *shared, "--zero-filled", "zeros"]) == 0
+    told = capsys.readouterr().out
+    assert "generation 2/2: 12 candidates, best" in told and "0 s left" in told and "repaired" in told
+    config, params = hf.load(home / "sub")
+    values = json.loads((home / "sub" / "subnet.json").read_text())
+    assert values["parameters"] == model.count(params) and 0.75 <= values["keep"] <= 0.8
+    assert len((home / "sub.search" / "candidates.jsonl").read_text().splitlines()) == 12
+    filled, zeros = hf.load(home / "zeros")
+    ids = np.arange(10)[None] % config.vocab_size
+    got, expected = (model.forward(p, ids, c).logits for p, c in ((params, config), (zeros, filled)))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert run(["eval", "sub", "--data", "text.txt", "--seq-len", "16", "--max-tokens", "40"]) == 0
+    assert run(["generate", "sub", "--prompt", "a", "--max-new-tokens", "3"]) == 0
+    assert run(["search", "model", "sub", *shared, "--overwrite"]) == 0  # nothing is left to search
+    assert "generation" not in capsys.readouterr().out
+    code, error = answer(capsys, "search", "model", "sub", *shared, "--overwrite", "--seed", "1")
+    assert (code, error.count("\n")) == (2, 1) and "sub.search: a search with other settings began there" in error
+    assert run(["search", "model", "uniform", *shared, "--method", "uniform", "--repair", "bias"]) == 0
+    assert not (home / "uniform.search").exists() and hf.read_config(home / "uniform").mlp_bias
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--keep", "0.8"], "--calibration"),
+        (["--keep", "1.2", "--calibration", "text.txt"], "keep: expected a share above 0, up to 1, got 1.2"),
+        (["--keep", "0.05", "--calibration", "text.txt", "--band", "0.01"], "keep: expected a ratio that the space"),
+        (["--keep", "0.95", "--calibration", "text.txt", "--band", "1e-7"], "band: expected a band of sizes"),
+        (["--keep", "0.8", "--calibration", "short.txt"], "calibration: expected a text of at least 85 tokens"),
+        (
+            ["--keep", "0.8", "--calibration", "text.txt", "--ffn-low", "2"],
+            "ffn_low: expected a share above 0",
+        ),
+        (["--keep", "0.8", "--calibration", "text.txt", "--population", "0"], "population: expected a positive number"),
+    ],
+)
+def test_search_refuses_in_one_line_and_leaves_nothing(home, arguments, told, capsys):
+    (home / "short.txt").write_text("short")
+    shared = ["--seq-len", "16", "--windows", "2", "--ffn-multiple", "8", "--attention-multiple", "2"]
+    code, error = answer(capsys, "search", "model", "left", *arguments, *shared)
+    assert (code, error.count("\n")) == (2, 1) and told in error, error
+    assert not [path for path in home.iterdir() if "left" in path.name]
+
+
 def test_every_recipe_parses_and_round_trips():
     for path in (Path(__file__).parent.parent / "configs").glob("*.yaml"):
         recipe = config.load(path)

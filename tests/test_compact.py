@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jsparse import config as configs
 from jsparse import hf, model, parallel
@@ -26,6 +28,7 @@ from jsparse.config import (
     Relu,
     Silu,
 )
+from jsparse.hf import decilm
 from jsparse.inference import evaluate, generate
 from jsparse.methods import prosparse
 from jsparse.methods.patterns import NofM
@@ -196,3 +199,43 @@ def test_training_flops() -> None:
     widths = (4 + 4) + (6 + 8) + (8 + 6)  # of queries and values
     matrices = model.count(model.abstract(CONFIG)) - 68 * 32
     assert flops_per_token(CONFIG, 64) == 6 * matrices + 6 * 64 * 4 * widths / 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# DeciLM's form
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 64), st.sampled_from([64, 512, 576, 2048, 2560, 3072, 4096, 5120, 6144, 8192]))
+def test_deci_widths_round_trip(width: int, hidden: int) -> None:
+    assert decilm.width(decilm.multiplier(256 * width, hidden), hidden) == 256 * width
+    with pytest.raises(ConfigError, match="width: expected a multiple of 256"):
+        decilm.multiplier(256 * width + 128, hidden)
+
+
+def test_deci_folder(tmp_path: Path) -> None:
+    """Written and read back; block_configs and null sizes as its readers expect them; what it cannot hold."""
+    config = tiny_config(rope=configs.Llama3Rope(8.0, 1.0, 4.0, 32), layers=(LayerShape(256, 8), LayerShape(512, 8)))
+    config = dataclasses.replace(config, intermediate_size=512)
+    params = random_params(config)
+    hf.save(tmp_path / "deci", config, params, format="nemotron-nas")
+    values = json.loads((tmp_path / "deci" / "config.json").read_text())
+    assert values["architectures"] == ["DeciLMForCausalLM"] and values["model_type"] == "nemotron-nas"
+    assert values["intermediate_size"] is values["num_key_value_heads"] is None and "auto_map" not in values
+    assert [block["ffn"]["ffn_mult"] for block in values["block_configs"]] == [12.0, 24.0]
+    assert values["block_configs"][0]["attention"] == {
+        "n_heads_in_group": 2,
+        "no_op": False,
+        "replace_with_linear": False,
+    }
+    assert values["rope_theta"] == 500_000 and values["rope_scaling"]["rope_type"] == "llama3"
+    again, tree = hf.load(tmp_path / "deci")
+    assert again == config
+    assert_trees_close(tree, params, 0)
+
+    values["block_configs"][1]["ffn"]["no_op"] = True
+    (tmp_path / "deci" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"block_configs\[1\]\.ffn: expected one that is there in full"):
+        hf.load(tmp_path / "deci")
+    with pytest.raises(ConfigError, match="format 'nemotron-nas' cannot hold FFN widths that are no multiples of 256"):
+        hf.save(tmp_path / "other", CONFIG, random_params(CONFIG), format="nemotron-nas")

@@ -111,12 +111,21 @@ def test_genomes_as_json_and_by_name() -> None:
     assert subnet.digest(again) == subnet.digest(a)
 
 
-@given(st.integers(1, 64), st.sampled_from([64, 512, 576, 2048, 4096, 5120, 6144, 8192]))
-def test_deci_widths_round_trip(width: int, hidden: int) -> None:
-    width *= 256
-    assert subnet.deci_width(subnet.deci_multiplier(width, hidden), hidden) == width
-    with pytest.raises(ConfigError, match="width: expected a multiple of 256"):
-        subnet.deci_multiplier(width + 128, hidden)
+def test_widened_is_the_same_function() -> None:
+    """With whole heads and FFN widths of a multiple, cut out of the zero-filled model."""
+    config = dataclasses.replace(CONFIG, intermediate_size=72)
+    params, genome = random_params(config), whole(config)
+    genome.layers[2], genome.pairs[:, :, 1], genome.values[:, :, 3] = False, False, False
+    genome.ffn[0, 5:] = genome.ffn[1, :40] = genome.ffn[3, 60:] = False
+    masked = zero_filled(params, genome)
+    small, shapes = compact(masked, config, subnet.widened(genome, 24))
+    assert [(s.intermediate_size, s.value_dim, s.rope_pairs) for s in shapes.layer_shapes] == [
+        (24, 8, None), (48, 8, None), (72, 8, None)]  # fmt: skip
+    ids = tokens(config, 2, 9)
+    got, expected = (model.forward(p, ids, c).logits for p, c in ((small, shapes), (masked, config)))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"layers\.3: expected an FFN width that goes up .* dense model's 72, got 60"):
+        subnet.widened(genome, 50)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsparse import config as configs
-from jsparse.config import Cats, Cett, ConfigError, FatRelu, Gelu, LlamaConfig, ShiftedRelu, check
+from jsparse.config import Cats, Cett, ConfigError, FatRelu, Gelu, LlamaConfig, Relu, ShiftedRelu, Silu, check
+from jsparse.hf import decilm
 
-Format = Literal["llama", "sparsellama", "jsparse"]
+Format = Literal["llama", "sparsellama", "jsparse", "nemotron-nas"]
 
-# What each kind of folder is called inside. The two lower ones bring our PyTorch file along.
+# What each kind of folder is called inside. The two in the middle bring our PyTorch file along.
 ARCHITECTURES: dict[Format, str] = {
     "llama": "LlamaForCausalLM",
     "sparsellama": "SparseLlamaForCausalLM",
     "jsparse": "JsparseForCausalLM",
+    "nemotron-nas": "DeciLMForCausalLM",
 }
+CODED = ("sparsellama", "jsparse")
 
 # Look-alikes that compute something else (several share an architecture name with the models above).
 FOREIGN = {
@@ -118,7 +121,7 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
     Raises:
         ConfigError: names the first field that is missing, wrong or not supported.
     """
-    rest = dict(values)
+    rest = decilm.read_blocks(values) if values.get("model_type") == "nemotron-nas" else dict(values)
     shapes = rest.pop("layers", None) if rest.get("model_type") == "jsparse" else None
     if rest.get("model_type") == "jsparse":
         rest.pop("packed", None)  # how tensors are stored, see jsparse.hf.packed
@@ -266,9 +269,11 @@ def choose_format(config: LlamaConfig, wanted: str = "auto", packed: bool = Fals
         if not isinstance(config.activation, FatRelu):
             able.insert(0, "llama")
     even = config.hidden_size % config.num_attention_heads == 0
-    # transformers' LlamaConfig refuses the first
-    if not even or config.router is not None or config.layers is not None or packed:
+    if not even or config.router or config.layers or packed:  # transformers' LlamaConfig refuses the first
         able = ["jsparse"]
+    if "llama" in able or (config.layers and not packed):
+        plain = isinstance(config.activation, Silu | Gelu | Relu)
+        able += ["nemotron-nas"] if plain and decilm.holds(config) else []
     if wanted == "auto":
         return able[0]
     for name in able:
@@ -284,6 +289,8 @@ def choose_format(config: LlamaConfig, wanted: str = "auto", packed: bool = Fals
         reason = "layers of different shapes"
     if packed:
         reason = "packed matrices"
+    if wanted == "nemotron-nas":
+        reason = "FFN widths that are no multiples of 256, or heads of other widths than the whole model's"
     raise ConfigError(f"format {wanted!r} cannot hold {reason}; formats that can: {', '.join(able)}")
 
 
@@ -297,14 +304,22 @@ def to_hf(config: LlamaConfig, format: Format, dtype: str) -> dict[str, Any]:
         "AutoModel": f"modeling_sparsellama.{name.removesuffix('ForCausalLM')}Model",
         "AutoModelForCausalLM": f"modeling_sparsellama.{name}",
     }
-    return {
+    rope = _write_rope(config)
+    shared = {
         "architectures": [name],
         "model_type": format,
-        **({} if format == "llama" else {"auto_map": code}),
+        **({"auto_map": code} if format in CODED else {}),
         **{field: plain[field] for field in fields},
         **_write_activation(config),
-        "rope_parameters": _write_rope(config),
+        "dtype": dtype,
+    }
+    if format == "nemotron-nas":  # its readers go by the older spelling
+        theta = rope.pop("rope_theta")
+        scaling = None if rope["rope_type"] == "default" else rope
+        return shared | {"rope_theta": theta, "rope_scaling": scaling} | decilm.write_blocks(config)
+    return {
+        **shared,
+        "rope_parameters": rope,
         **({"router": plain["router"]} if config.router else {}),
         **({"layers": plain["layers"]} if config.layers else {}),
-        "dtype": dtype,
     }

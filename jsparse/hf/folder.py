@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jsparse import model
 from jsparse.config import ConfigError, LlamaConfig, check
-from jsparse.hf.config import choose_format, read_config, to_hf
+from jsparse.hf.config import CODED, choose_format, read_config, to_hf
 from jsparse.hf.names import HARMLESS, Leaf, in_order, leaves, tree
 from jsparse.hf.packed import Packing, dense, from_config, load_stack, outgoing, to_config
 from jsparse.hf.tensors import DTYPES, Outgoing, Stored, copy, open_folder, pieces, write_folder, write_json
@@ -218,8 +218,8 @@ def save(
         tokenizer: a folder whose tokenizer files and generation_config.json are copied byte for byte.
         dtype: of every tensor written but thresholds and routers, which stay float32. By default each keeps its own.
         format: "llama" (any runtime loads it), "sparsellama" (FATReLU, as ProSparse's authors publish it), "jsparse"
-            (everything; the last two bring a PyTorch file, so transformers wants `trust_remote_code=True`) or "auto",
-            the first of these that holds the model.
+            (everything; the last two bring a PyTorch file, so transformers wants `trust_remote_code=True`), "auto", the
+            first of these that holds the model, or "nemotron-nas" (DeciLM: layers whose FFNs alone differ).
         max_shard_bytes: larger models are split into files of at most this size.
         overwrite: replaces an existing model folder, once the new one is complete.
 
@@ -276,7 +276,7 @@ def write_model(
                 copied = folder / file.relative_to(tokenizer)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
-        if format != "llama":
+        if format in CODED:
             for name in CODE_FILES:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
         write_folder(folder, tensors, max_shard_bytes)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import model
-from jsparse.config import ConfigError, LayerShape, LlamaConfig, check
+from jsparse.config import LayerShape, LlamaConfig, check
 from jsparse.methods.patterns import get, replace
 from jsparse.model import Params
 
@@ -215,22 +215,19 @@ def _compact_layer(layers: Params, genome: Genome, i: int) -> tuple[Params, Laye
     return jax.tree_util.tree_map_with_path(cut, layers), shape
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The form that other runtimes know: DeciLM (Nemotron-NAS)
-# --------------------------------------------------------------------------------------------------------------------
+def widened(genome: Genome, multiple: int) -> Genome:
+    """The genome whose heads are whole and whose FFN widths are multiples, for runtimes that know no others.
 
-DECI_MULTIPLE = 256  # of its FFN widths
+    Of a zero-filled model it cuts out the same function: what comes back is zeros.
 
-
-def deci_multiplier(width: int, hidden_size: int) -> float:
-    """The `ffn_mult` by which DeciLM gives a layer this FFN width, a multiple of 256."""
-    check(width % DECI_MULTIPLE == 0, "width", f"a multiple of {DECI_MULTIPLE}", width)
-    multiplier = 1.5 * width / hidden_size
-    if deci_width(multiplier, hidden_size) != width:
-        raise ConfigError(f"width: {width} of hidden size {hidden_size} has no ffn_mult")
-    return multiplier
-
-
-def deci_width(multiplier: float, hidden_size: int) -> int:
-    """DeciLM's FFN width of a multiplier: 2/3 of it times the hidden size, in whole numbers, then up to 256s."""
-    return -(-int(2 * multiplier * hidden_size / 3) // DECI_MULTIPLE) * DECI_MULTIPLE
+    Raises:
+        ConfigError: a width that goes up beyond the dense model's.
+    """
+    ffn = genome.ffn.copy()
+    for i in np.flatnonzero(genome.layers):
+        wanted = -(-int(ffn[i].sum()) // multiple) * multiple
+        room = f"an FFN width that goes up to a multiple of {multiple} within the dense model's {ffn.shape[1]}"
+        check(wanted <= ffn.shape[1], f"layers.{i}", room, int(ffn[i].sum()))
+        gone = np.flatnonzero(~ffn[i])
+        ffn[i, gone[: wanted - int(ffn[i].sum())]] = True
+    return Genome(genome.layers, ffn, np.ones_like(genome.pairs), np.ones_like(genome.values))
