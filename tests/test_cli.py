@@ -198,7 +198,10 @@ def test_search(home, capsys, monkeypatch):
         (["--keep", "0.8"], "--calibration"),
         (["--keep", "1.2", "--calibration", "text.txt"], "keep: expected a share above 0, up to 1, got 1.2"),
         (["--keep", "0.05", "--calibration", "text.txt", "--band", "0.01"], "keep: expected a ratio that the space"),
-        (["--keep", "0.95", "--calibration", "text.txt", "--band", "1e-7"], "band: expected a band of sizes"),
+        (
+            ["--keep", "0.9", "--calibration", "text.txt", "--band", "1e-7", "--ffn-low", "0.3"],
+            "band: expected a band of sizes",
+        ),
         (["--keep", "0.8", "--calibration", "short.txt"], "calibration: expected a text of at least 85 tokens"),
         (
             ["--keep", "0.8", "--calibration", "text.txt", "--ffn-low", "2"],
