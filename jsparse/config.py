@@ -34,7 +34,8 @@ def check(condition: bool, where: str, expected: str, got: object) -> None:
 def _check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        check(value is None or value > 0, name, "a positive number", value)
+        if isinstance(value, int | float):  # else none, or traced: variants of a number share one compiled step
+            check(value > 0, name, "a positive number", value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -296,15 +297,16 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the starting weights come from: a model folder, or fresh ones of a given shape."""
+    """Where the starting weights come from: a model folder, another run, or fresh ones of a given shape."""
 
     path: str | None = None  # a Hugging Face folder
+    run: str | None = None  # a run folder: its newest checkpoint, such as LTE's stage 1 for stage 2
     config: LlamaConfig | None = None  # train from scratch
     activation: Activation | None = None  # replaces the model's own (ProSparse section 3.2: step 1)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("path", "config") if getattr(self, name) is not None]
-        check(len(given) == 1, "model.path", "either it or `model.config`", given)
+        given = [name for name in ("path", "run", "config") if getattr(self, name) is not None]
+        check(len(given) == 1, "model.path", "one of it, `model.run` and `model.config`", given)
 
 
 @dataclass(frozen=True)
@@ -436,7 +438,8 @@ class Target:
     smoothing: float = 0.9  # decay of the running mean of the measured sparsity
 
     def __post_init__(self) -> None:
-        check(0 < self.sparsity < 1, "method.weight.sparsity", "a share between 0 and 1", self.sparsity)
+        if isinstance(self.sparsity, int | float):  # else traced: several targets share one compiled step
+            check(0 < self.sparsity < 1, "method.weight.sparsity", "a share between 0 and 1", self.sparsity)
         check(self.reach > self.start, "method.weight.reach", f"a step after start ({self.start})", self.reach)
         for name in ("initial", "gain", "settle", "rate"):
             check(getattr(self, name) > 0, f"method.weight.{name}", "a positive number", getattr(self, name))
@@ -479,7 +482,83 @@ class Dense:
     type: ClassVar[str] = "dense"
 
 
-Method = Dense | ProSparse
+@dataclass(frozen=True)
+class LteStage1:
+    """Routers and model learn together: scores multiply blocks, two losses make them small and decided (LTE)."""
+
+    type: ClassVar[str] = "lte_stage1"
+    target_sparsity: float | None = None  # share of blocks to leave out: eta and the thresholds are then found for it
+    eta: float = 2.0  # weight of the mean square of the scores; with a target, where the controller starts
+    reach: float = 0.6  # share of the run's steps after which the controller wants the target met
+    separation: float = 0.2  # lambda, weight of 1 / ((score - tau)^2 + epsilon)
+    separation_ramp: float = 0.8  # share of the run's steps over which lambda rises from 0
+    epsilon: float = 0.1  # 0 is the formula as printed, which diverges
+    tau: float = 0.5  # the threshold
+    tokens: Literal["all", "loss"] = "all"  # which tokens the two losses average: all real ones, or those with loss
+    block_size: int = 32  # neurons
+    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"  # of neurons into blocks, before the first step
+    init: Literal["open", "zeros", "normal"] = "open"  # of the routers; open: all scores near 1, the model as it is
+    router_lr: float = 1e-2  # the routers' own peak; the schedule's shape is the optimizer's
+    router_weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_sparsity, int | float):  # else none, or traced
+            check(0 < self.target_sparsity < 1, "target_sparsity", "a share between 0 and 1", self.target_sparsity)
+            check(self.eta > 0, "eta", "a positive number for the controller to start from", self.eta)
+        check(0 < self.tau < 1, "tau", "a score between 0 and 1", self.tau)
+        check(0 < self.reach <= 1, "reach", "a share of the steps", self.reach)
+        _check_positive(self, "block_size", "router_lr")
+
+
+@dataclass(frozen=True)
+class LteStage2:
+    """The model learns behind the routers' hard masks, the routers rest (LTE). `model.run` names stage 1's run."""
+
+    type: ClassVar[str] = "lte_stage2"
+    target_sparsity: float | None = None  # share of blocks to leave out: the thresholds are set for it at the end
+
+    def __post_init__(self) -> None:
+        if self.target_sparsity is not None:
+            check(0 < self.target_sparsity < 1, "target_sparsity", "a share between 0 and 1", self.target_sparsity)
+
+
+@dataclass(frozen=True)
+class NoisyTopK:
+    """Routers and model learn together by noisy top-k softmax routing, a baseline of LTE; without a balancing loss."""
+
+    type: ClassVar[str] = "noisy_top_k"
+    sparsity: float  # share of blocks to leave out, in every layer
+    block_size: int = 32
+    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"
+    router_lr: float = 1e-2
+    router_weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(0 < self.sparsity < 1, "sparsity", "a share between 0 and 1", self.sparsity)
+        _check_positive(self, "block_size", "router_lr")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The model rests, linear predictors learn which of its blocks have the largest activations, baselines of LTE.
+
+    MoEfication with blocks, Deja Vu with block_size 1. `model` should name a model that has been trained on the data.
+    """
+
+    type: ClassVar[str] = "predictor"
+    sparsity: float  # share of blocks to leave out, in every layer
+    select: Literal["router", "oracle"] = "router"  # oracle: by the activations themselves, nothing is learned
+    block_size: int = 32
+    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"
+    router_lr: float = 1e-2
+    router_weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(0 < self.sparsity < 1, "sparsity", "a share between 0 and 1", self.sparsity)
+        _check_positive(self, "block_size", "router_lr")
+
+
+Method = Dense | ProSparse | LteStage1 | LteStage2 | NoisyTopK | Predictor
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,8 @@ BAD = [
     ("optimizer", {1: 2}, "unknown setting optimizer.1; known here: lr, "),
     ("data.train", [{}], "missing setting data.train[0].path"),
     ("method", "prosparse", "missing setting method.weight"),
-    ("model", {}, "model.path: expected either it or `model.config`, got []"),
-    ("model.config", {}, "model.path: expected either it or `model.config`, got ['path', 'config']"),
+    ("model", {}, "model.path: expected one of it, `model.run` and `model.config`, got []"),
+    ("model.config", {}, "model.path: expected one of it, `model.run` and `model.config`, got ['path', 'config']"),
     # Wrong types
     ("steps", 1.5, "steps: expected a whole number, got 1.5"),
     ("steps", "10", "steps: expected a whole number, got '10'"),

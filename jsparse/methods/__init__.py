@@ -1,5 +1,5 @@
 """Methods that make a model sparse: one file a paper."""
 
-from jsparse.methods import dass, patterns, prosparse, pruning, search, sparsegpt
+from jsparse.methods import dass, grouping, lte, patterns, prosparse, pruning, search, sparsegpt
 
-__all__ = ["dass", "patterns", "prosparse", "pruning", "search", "sparsegpt"]
+__all__ = ["dass", "grouping", "lte", "patterns", "prosparse", "pruning", "search", "sparsegpt"]

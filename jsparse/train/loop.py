@@ -16,6 +16,7 @@ with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -30,9 +31,25 @@ from jax.sharding import Mesh
 
 from jsparse import config as configs
 from jsparse import hf, model, parallel
-from jsparse.config import Cett, ConfigError, Hold, LlamaConfig, PaperCodeL1, ProSparse, Source, TrainConfig, check
+from jsparse.config import (
+    Cett,
+    ConfigError,
+    Hold,
+    LlamaConfig,
+    LteStage1,
+    LteStage2,
+    NoisyTopK,
+    PaperCodeL1,
+    Predictor,
+    ProSparse,
+    Source,
+    TrainConfig,
+    check,
+)
 from jsparse.data import Batch, Loader, Store, open_source
 from jsparse.inference.perplexity import evaluate
+from jsparse.methods import lte
+from jsparse.methods.grouping import group, permute
 from jsparse.methods.patterns import ATTENTION, MLP, check_claim, observe, parse_pattern
 from jsparse.model import Params
 from jsparse.train import checkpoint, console, state
@@ -41,7 +58,10 @@ from jsparse.train.console import Progress
 from jsparse.train.host import Clock, Profile, StopSignal
 from jsparse.train.metrics import MetricsLog, Speed
 from jsparse.train.optimizer import learning_rate
-from jsparse.train.step import make_step, makes_zeros
+from jsparse.train.step import make_step
+from jsparse.train.terms import makes_zeros, training_config
+
+AddsRouters = LteStage1 | NoisyTopK | Predictor  # methods that start from a model without routers
 
 IN_FLIGHT = 2  # steps handed to the devices before the metrics of the oldest are read
 
@@ -107,12 +127,13 @@ def train(config: TrainConfig) -> Summary:
             if start:
                 now = checkpoints.restore(start, abstract)
             else:
-                now = state.create(starting_params(config, model_config, mesh), config, model_config, mesh)
+                params = starting_params(config, model_config, mesh, loader)
+                now = state.create(params, config, model_config, mesh)
                 check_held(now.params, config.hold)
             teacher_config, *teacher = load_teacher(config, model_config, mesh)
         if jax.process_index() == 0:
             checkpoint.write(run / "config.yaml", configs.dump(config))
-            checkpoint.save_model(run, model_config, tokenizer)
+            checkpoint.save_model(run, lte.served(model_config), tokenizer)
         log = stack.enter_context(MetricsLog(run, start, config.log.tensorboard))
 
         # ---- The step, compiled once and ahead of time: what the loop calls is an executable and never compiles again
@@ -168,6 +189,9 @@ def train(config: TrainConfig) -> Summary:
                 running.append((number, values))
                 settle(IN_FLIGHT)
             last = number == config.steps or stop.requested(number)
+            if number == config.steps:
+                settle(0)
+                now = calibrate(now, config, model_config, next(batches))
             if held_out and (number % config.log.eval_every == 0 or number == config.steps):
                 settle(0)
                 measure(number)  # before saving: a run that goes on from the checkpoint has this behind it
@@ -288,11 +312,14 @@ def describe_model(config: TrainConfig, run: epath.Path, start: int) -> tuple[Ll
     """The config of the model to train and the folder of its tokenizer; a run under way has them in model.json."""
     if start:
         model_config, about = checkpoint.load_model(run)
-        return model_config, about["tokenizer"]
+        return training_config(config.method, model_config), about["tokenizer"]
     source, folder = config.model, None
     if source.path is not None:
-        folder = epath.Path(source.path).expanduser().resolve()
+        folder = str(epath.Path(source.path).expanduser().resolve())
         model_config = hf.read_config(folder)
+    elif source.run is not None:
+        model_config, about = checkpoint.load_model(epath.Path(source.run).expanduser())
+        folder = about["tokenizer"]
     else:
         assert source.config is not None
         model_config = source.config
@@ -301,15 +328,40 @@ def describe_model(config: TrainConfig, run: epath.Path, start: int) -> tuple[Ll
               "model.activation", "none where cett is involved: its thresholds are parameters of a model folder",
               source.activation.type)  # fmt: skip
         model_config = dataclasses.replace(model_config, activation=source.activation)
-    tokenizer = epath.Path(config.data.tokenizer).expanduser().resolve() if config.data.tokenizer else folder
-    return model_config, None if tokenizer is None else str(tokenizer)
+    if isinstance(config.method, AddsRouters):
+        check(model_config.router is None, "model", f"one without routers for method {config.method.type}", "routers")
+    tokenizer = str(epath.Path(config.data.tokenizer).expanduser().resolve()) if config.data.tokenizer else folder
+    return training_config(config.method, model_config), tokenizer
 
 
-def starting_params(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> Params:
-    """float32 parameters on the mesh: those of the model folder, or fresh ones."""
-    if config.model.path is None:
-        return model.init(jax.random.key(config.seed), model_config, mesh)
-    return hf.load(epath.Path(config.model.path).expanduser(), dtype=jnp.float32, mesh=mesh)[1]
+def starting_params(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, loader: Loader) -> Params:
+    """float32 parameters on the mesh: those of the model folder or run, or fresh ones; with the method's routers."""
+    method, source = config.method, config.model
+    bare = dataclasses.replace(model_config, router=None) if isinstance(method, AddsRouters) else model_config
+    if source.path is not None:
+        params = hf.load(epath.Path(source.path).expanduser(), dtype=jnp.float32, mesh=mesh)[1]
+    elif source.run is not None:
+        params = checkpoint.load_run(epath.Path(source.run).expanduser(), mesh=mesh)[1]
+    else:
+        params = model.init(jax.random.key(config.seed), bare, mesh)
+    if not isinstance(method, AddsRouters):
+        return params
+    assert model_config.router is not None
+    sample = loader.batch(0, range(1)).tokens
+    order = group(params, bare, method.block_size, method.grouping, tokens=sample, seed=config.seed)
+    threshold, init = (method.tau, method.init) if isinstance(method, LteStage1) else (method.sparsity, "zeros")
+    return lte.add_routers(permute(params, order), bare, model_config.router, threshold=threshold, init=init,
+                           key=jax.random.key(config.seed), tokens=sample)[0]  # fmt: skip
+
+
+def calibrate(now: state.TrainState, config: TrainConfig, model_config: LlamaConfig, batch: Batch) -> state.TrainState:
+    """The state with thresholds that meet the method's target on a batch it has not trained on; as it is without."""
+    target = config.method.target_sparsity if isinstance(config.method, LteStage1 | LteStage2) else None
+    if target is None:
+        return now
+    params = _cast(now.params, model_config, config.dtype)
+    thresholds = lte.calibrate(params, model_config, [jnp.asarray(batch.tokens)], target)
+    return dataclasses.replace(now, params=lte.set_thresholds(now.params, thresholds))
 
 
 def load_teacher(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> Any:
@@ -344,20 +396,22 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
 def evaluate_held_out(
     params: Params, config: TrainConfig, model_config: LlamaConfig, held_out: dict[str, Store]
 ) -> dict[str, dict[str, Any]]:
-    """The evaluation of each held-out source on its first `log.eval_tokens` tokens, in the computation's dtype."""
+    """The evaluation of each held-out source on its first `log.eval_tokens` tokens, in the computation's dtype.
+
+    Models with routers are evaluated as they will be used. LTE's stage 1 adds `soft_loss`, with scores in place of
+    masks, and `soft_to_hard`, by how much the masks' loss is above it.
+    """
     params = _cast(params, model_config, config.dtype)
-    return {
-        name: dataclasses.asdict(
-            evaluate(
-                params,
-                model_config,
-                store.tokens[: config.log.eval_tokens + 1],
-                seq_len=config.data.seq_len,
-                batch_size=config.data.batch_size // config.accumulate,
-            )
-        )
-        for name, store in held_out.items()
-    }
+    found = {}
+    for name, store in held_out.items():
+        measure = functools.partial(evaluate, params, tokens=store.tokens[: config.log.eval_tokens + 1],
+                                    seq_len=config.data.seq_len,
+                                    batch_size=config.data.batch_size // config.accumulate)  # fmt: skip
+        found[name] = dataclasses.asdict(measure(config=lte.served(model_config)))
+        if isinstance(config.method, LteStage1):
+            soft = measure(config=model_config).loss
+            found[name] |= {"soft_loss": soft, "soft_to_hard": found[name]["loss"] - soft}
+    return found
 
 
 _cast = jax.jit(model.cast, static_argnums=(1, 2))

@@ -7,7 +7,20 @@ import jax.numpy as jnp
 import optax
 
 from jsparse import model
-from jsparse.config import ConstantLr, CosineLr, Hold, LlamaConfig, OptimizerConfig, WsdLr, check
+from jsparse.config import (
+    ConstantLr,
+    CosineLr,
+    Dense,
+    Hold,
+    LlamaConfig,
+    LteStage1,
+    Method,
+    NoisyTopK,
+    OptimizerConfig,
+    Predictor,
+    WsdLr,
+    check,
+)
 from jsparse.methods.patterns import hold_zeros
 
 
@@ -46,20 +59,44 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, model_config: LlamaConfig, hold: Hold | None = None
+    config: OptimizerConfig, model_config: LlamaConfig, hold: Hold | None = None, method: Method = Dense()
 ) -> optax.GradientTransformation:
     """AdamW without its learning rate: gradients, clipped by global norm, to the direction that -lr multiplies.
 
     The learning rate stays outside because it belongs to the run's step, which also counts skipped steps; the moments'
     own count, which corrects their bias, does not. Held zeros have no gradient to begin with, so that they count
     neither in the norm nor in the moments.
+
+    Routers are a partition of their own, clipped by their own norm, with their own rate relative to the model's; where
+    the method does not train a part, its updates are zero. Routers' thresholds are never trained.
     """
-    return optax.chain(
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    model_part = optax.chain(
         *([] if hold is None else [hold_zeros()]),
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        adam,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(model_config)),
     )
+    if model_config.router is None:
+        return model_part
+    router_part = optax.set_to_zero()
+    if isinstance(method, LteStage1 | NoisyTopK | Predictor):
+        check(config.lr > 0, "optimizer.lr", f"a positive number for method {method.type}", config.lr)
+        router_part = optax.chain(
+            optax.clip_by_global_norm(config.clip),
+            adam,
+            optax.add_decayed_weights(method.router_weight_decay),
+            optax.scale(method.router_lr / config.lr),
+        )
+    rest = optax.set_to_zero() if isinstance(method, Predictor) else model_part
+    parts = {"router": router_part, "threshold": optax.set_to_zero(), "model": rest}
+    return optax.partition(parts, _parts(model_config))
+
+
+def _parts(config: LlamaConfig) -> Any:
+    """Which partition each parameter belongs to."""
+    names = {"router": "router", "router_threshold": "threshold"}
+    return jax.tree_util.tree_map_with_path(lambda path, _: names.get(path[-1].key, "model"), model.islands(config))
 
 
 def decay_mask(config: LlamaConfig) -> Any:

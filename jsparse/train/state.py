@@ -10,10 +10,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jsparse import model
-from jsparse.config import Dense, Fixed, LlamaConfig, Method, ProSparse, TrainConfig
+from jsparse.config import LlamaConfig, TrainConfig
 from jsparse.methods import prosparse
 from jsparse.model import Params
 from jsparse.train.optimizer import make_optimizer
+from jsparse.train.terms import penalty_weight
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +30,9 @@ class TrainState:
 
 def create(params: Params, config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> TrainState:
     """The state before step 1, made in place on the shards. Takes over the buffers of `params`."""
-    optimizer = make_optimizer(config.optimizer, model_config, config.hold)
+    optimizer = make_optimizer(config.optimizer, model_config, config.hold, config.method)
     out = shardings(config, model_config, mesh)
-    init = jax.jit(lambda p: _init(p, optimizer, config.method), out_shardings=out, donate_argnums=0)
+    init = jax.jit(lambda p: _init(p, optimizer, config), out_shardings=out, donate_argnums=0)
     return init(jax.device_put(params, out.params))
 
 
@@ -48,31 +49,23 @@ def shardings(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh) -> Tra
     shapes = _shapes(config, model_config)
     params = model.shardings(model_config, mesh)
     moments = optax.tree.map_params(
-        make_optimizer(config.optimizer, model_config, config.hold),
-        lambda _, sharding: sharding,
+        make_optimizer(config.optimizer, model_config, config.hold, config.method),
+        lambda moment, sharding: moment if isinstance(moment, optax.MaskedNode) else sharding,  # of other partitions
         shapes.opt_state,
         params,
         transform_non_params=lambda _: everywhere,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     rest = jax.tree.map(lambda _: everywhere, shapes)
     return TrainState(rest.step, params, moments, rest.control, rest.skipped, rest.skipped_in_a_row)
 
 
 def _shapes(config: TrainConfig, model_config: LlamaConfig) -> TrainState:
-    optimizer = make_optimizer(config.optimizer, model_config, config.hold)
-    return jax.eval_shape(lambda p: _init(p, optimizer, config.method), model.abstract(model_config))
+    optimizer = make_optimizer(config.optimizer, model_config, config.hold, config.method)
+    return jax.eval_shape(lambda p: _init(p, optimizer, config), model.abstract(model_config))
 
 
-def _init(params: Params, optimizer: optax.GradientTransformation, method: Method) -> TrainState:
+def _init(params: Params, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), prosparse.init_control(weight(method)), zero, zero)
-
-
-def weight(method: Method) -> Any:
-    """The penalty's weight as configured; without a penalty, a weight fixed at 0."""
-    match method:
-        case ProSparse(weight=weight):
-            return weight
-        case Dense():
-            return Fixed(0.0)
-    raise TypeError(f"no such method: {method!r}")
+    control = prosparse.init_control(penalty_weight(config))
+    return TrainState(zero, params, optimizer.init(params), control, zero, zero)

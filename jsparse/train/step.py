@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jsparse import model
-from jsparse.config import Activation, Gelu, LlamaConfig, MeanL1, ProSparse, Silu, TrainConfig
+from jsparse.config import LlamaConfig, TrainConfig
 from jsparse.data import Batch
 from jsparse.methods import prosparse
 from jsparse.model import Params
@@ -25,13 +25,7 @@ from jsparse.train import state as train_state
 from jsparse.train.loss import Teacher, token_loss
 from jsparse.train.optimizer import learning_rate, make_optimizer
 from jsparse.train.state import TrainState
-
-Metrics = dict[str, jax.Array]
-
-
-def makes_zeros(activation: Activation) -> bool:
-    """Whether the activation has exact zeros, so that sparsity is worth measuring and penalising."""
-    return not isinstance(activation, Silu | Gelu)
+from jsparse.train.terms import Metrics, make_terms, penalty_weight
 
 
 def make_step(
@@ -43,29 +37,39 @@ def make_step(
     controller as they were and is counted in `skipped` and `skipped_in_a_row`.
 
     Metrics are device scalars: `loss` (cross-entropy, nats a token), `perplexity`, `lr`, `grad_norm` (before clipping),
-    `update_norm`, `param_norm`, `skipped`, `skipped_in_a_row`; with an activation that makes zeros `sparsity` [L];
-    with a penalty `penalty` (as added to the loss), `penalty_weight` and `penalty_ratio` (penalty / loss); with a
-    teacher `kl` (nats a token).
+    `update_norm`, `param_norm`, `skipped`, `skipped_in_a_row`; with an activation that makes zeros, or with routers,
+    `sparsity` [L]; with routers whatever `terms.py` says of the method; with a penalty `penalty` (as added to the
+    loss), `penalty_weight` and `penalty_ratio` (penalty / loss); with a teacher `kl` (nats a token).
     """
-    optimizer = make_optimizer(config.optimizer, model_config, config.hold)
+    shardings = train_state.shardings(config, model_config, mesh)
+    teacher_shardings = None if teacher_config is None else model.shardings(teacher_config, mesh)
+    return jax.jit(
+        make_update(config, model_config, mesh, teacher_config),
+        in_shardings=(shardings, batch_sharding(mesh), *([teacher_shardings] if teacher_shardings else [])),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def make_update(
+    config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, teacher_config: LlamaConfig | None = None
+) -> Any:
+    """What `make_step` compiles. Numbers of the method that say so in `jsparse.config` may be traced values."""
+    optimizer = make_optimizer(config.optimizer, model_config, config.hold, config.method)
     lr_of = learning_rate(config.optimizer, config.steps)
-    weight = train_state.weight(config.method)
-    penalty = config.method.penalty if isinstance(config.method, ProSparse) else None
-    observes = makes_zeros(model_config.activation)
-    layers = model_config.num_hidden_layers
-    ff = jnp.asarray([shape.intermediate_size for shape in model_config.layer_shapes], jnp.float32)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    weight = penalty_weight(config)
+    terms = make_terms(config, model_config, mesh.shape["data"] * mesh.shape["fsdp"])
     shardings = train_state.shardings(config, model_config, mesh)
 
     def observed_tokens(batch: Any) -> jax.Array:
         """bool [B, T], the tokens whose activations count."""
-        if isinstance(penalty, MeanL1) and penalty.mask == "loss":
+        if terms.loss_tokens:
             return batch.loss_mask
         return jnp.ones_like(batch.loss_mask) if batch.segments is None else batch.segments > 0
 
-    def micro_loss(params: Params, batch: Any, teacher_params: Params | None, per_token: Any, per_l1: Any) -> Any:
+    def micro_loss(params: Params, batch: Any, teacher_params: Any, per_token: Any, *penalised: jax.Array) -> Any:
         forward = functools.partial(model.trunk, tokens=batch.tokens, segments=batch.segments, attend=config.attention)
-        probe = prosparse.probe(observed_tokens(batch)) if observes else None
+        probe = terms.probe(observed_tokens(batch)) if terms.probe else None
         x, stats, _ = forward(params, config=model_config, probe=probe, remat=config.remat, unroll=config.unroll)
         if isinstance(stats, list):
             stats = jax.tree.map(lambda *s: jnp.stack(s), *stats)
@@ -76,25 +80,21 @@ def make_step(
                               config.distill.temperature)  # fmt: skip
         loss = token_loss(x, model.head(params), batch.targets, batch.loss_mask, chunk=config.loss_chunk,
                           teacher=teacher)  # fmt: skip
-        total = loss.total * per_token
-        if penalty is not None:
-            total = total + jnp.sum(stats.l1 * per_l1)
+        total = loss.total * per_token if terms.task else jnp.zeros(())
+        if terms.penalty is not None:
+            total = total + terms.penalty(stats, *penalised)
         return total, (loss, stats)
 
     def step(state: TrainState, batch: Batch, teacher_params: Params | None = None) -> tuple[TrainState, Metrics]:
         number = state.step + 1
         tokens = jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0)
         observed = jnp.maximum(jnp.sum(observed_tokens(batch), dtype=jnp.float32), 1.0)
-        penalty_weight = prosparse.penalty_weight(weight, number, state.control)
-        per_l1 = jnp.zeros(layers)
-        if penalty is not None:
-            per_l1 = penalty_weight * prosparse.penalty_scale(penalty, tokens=observed, ff=ff, layers=layers,
-                                                              micro_batches=config.accumulate * shards)  # fmt: skip
-
+        strength = prosparse.penalty_weight(weight, number, state.control)
+        penalised = strength, observed, number.astype(jnp.float32) / config.steps
         params = model.cast(state.params, model_config, config.dtype)
 
         def micro_step(grads: Params, batch: Batch) -> tuple[Params, Any]:
-            new, sums = jax.grad(micro_loss, has_aux=True)(params, batch, teacher_params, 1 / tokens, per_l1)
+            new, sums = jax.grad(micro_loss, has_aux=True)(params, batch, teacher_params, 1 / tokens, *penalised)
             grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new)
             return jax.lax.with_sharding_constraint(grads, shardings.params), sums
 
@@ -115,18 +115,17 @@ def make_step(
             "param_norm": optax.tree.norm(state.params),
         }
         control = state.control
-        if observes:
-            metrics["sparsity"] = prosparse.sparsity(stats, observed, ff)
+        if terms.probe is not None:
+            metrics |= terms.observed(stats, observed)
             control = prosparse.update_control(weight, number, control, metrics["sparsity"])
-        if penalty is not None:
-            metrics["penalty_weight"] = penalty_weight
-            metrics["penalty"] = jnp.sum(stats.l1 * per_l1)
-            metrics["penalty_ratio"] = metrics["penalty"] / metrics["loss"]
+        added = jnp.zeros(())
+        if terms.penalty is not None:
+            added = terms.penalty(stats, *penalised)
+            metrics |= {"penalty_weight": strength, "penalty": added, "penalty_ratio": added / metrics["loss"]}
         if teacher_params is not None:
             metrics["kl"] = loss.kl / tokens
 
-        objective = loss.total / tokens + (jnp.sum(stats.l1 * per_l1) if penalty is not None else 0.0)
-        good = jnp.isfinite(objective) & jnp.isfinite(metrics["grad_norm"])
+        good = jnp.isfinite(loss.total / tokens + added) & jnp.isfinite(metrics["grad_norm"])
         done = dataclasses.replace(state, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                                    control=control, skipped_in_a_row=jnp.zeros_like(state.skipped))  # fmt: skip
         skip = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
@@ -134,13 +133,7 @@ def make_step(
         state = dataclasses.replace(state, step=number)
         return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
-    teacher_shardings = None if teacher_config is None else model.shardings(teacher_config, mesh)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, batch_sharding(mesh), *([teacher_shardings] if teacher_shardings else [])),
-        out_shardings=(shardings, NamedSharding(mesh, P())),
-        donate_argnums=0,
-    )
+    return step
 
 
 def _micro_batches(batch: Batch, accumulate: int, mesh: Mesh) -> Batch:

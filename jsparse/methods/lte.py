@@ -1,0 +1,358 @@
+"""LTE, Learn To be Efficient: routers that leave out blocks of an FFN's neurons, learned with the model in two stages.
+
+Zheng, Bai, Liu, Mao, Chen, Lai, Prakash, "Learn To be Efficient: Build Structured Sparsity in Large Language Models",
+arXiv 2402.06126 (NeurIPS 2024).
+
+    E_i(x)  = (act(x W_gate,i) * (x W_up,i)) W_down,i          the contribution of block i's neurons
+    G(x)    = sigmoid(x W_g)                                                                     section 4.2
+    soft:     FFN(x) = sum over i of G(x)_i E_i(x)                                               stage 1
+    hard:     FFN(x) = sum over i of 1[G(x)_i > tau] E_i(x)                                      stage 2 and inference
+    L_eff   = 1/(L N) sum over layers and blocks of |G(x)_i|^2
+    L_sep   = 1/(L N) sum over layers and blocks of 1 / ((G(x)_i - tau)^2 + epsilon)
+    stage 1:  L = L_task + eta L_eff + lambda L_sep, everything trains
+    stage 2:  L = L_task, routers frozen
+
+    paper                          here
+    W_g                            layers.ffn.router [L, D, E], float32, without bias
+    tau                            layers.ffn.router_threshold [L]
+    N, i                           E = F / block_size, block i = neurons [i block_size, (i + 1) block_size)
+    x                              the FFN's normalised input, what gate and up read
+    G(x), or 1[G(x) > tau]         FFNTrace.factors in the modes soft and hard of `jsparse.config.Router`
+    eta, lambda                    LteStage1.eta (or what the controller makes of it), .separation
+    L_eff, L_sep                   LayerStats.efficiency, .separation, sums over tokens of the mean over blocks
+    expert grouping                `jsparse.methods.grouping`
+    sparsity                       share of blocks left out; of a model, the mean over its layers
+
+The paper leaves the routers' start open and gives no epsilon. Both decide whether eta has any effect: an L_sep without
+epsilon has no finite mean, and pushes every score away from the side of tau it starts on. With scores that start at tau
+and an epsilon, the push there is zero, and the task and eta choose the side; L_sep holds it. The losses are means over
+tokens, so that neither batch nor length changes them.
+
+What LTE is compared with has the same routers, trained to another end (`predict`): MoEfication, arXiv 2110.01786, and
+Deja Vu, arXiv 2310.17157, predict which blocks or neurons of a finished model have the largest activations.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse import model
+from jsparse.config import LlamaConfig, Router, check
+from jsparse.model import FFNTrace, Params, Probe, routing
+from jsparse.parallel import constrain
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses (section 4.2)
+# --------------------------------------------------------------------------------------------------------------------
+
+BAND = (0.1, 0.9)  # scores between these are undecided: stage 2 will move their blocks' outputs
+
+
+class LayerStats(NamedTuple):
+    """float32 scalars of one layer, sums over the counted tokens of means over the layer's blocks."""
+
+    efficiency: jax.Array  # L_eff's term
+    separation: jax.Array  # L_sep's term
+    off: jax.Array  # scores below the threshold
+    undecided: jax.Array  # scores within BAND
+    no_block: jax.Array  # tokens without any score above the threshold
+
+
+def probe(mask: jax.Array | None = None, *, epsilon: Any = 1e-2) -> Probe:
+    """Takes `LayerStats` of every layer, in mode "soft"; the first two carry gradients.
+
+    Args:
+        mask: bool [B, T], the tokens that count; all by default.
+        epsilon: of L_sep; 0 is the formula as printed. May be traced.
+    """
+
+    def mean(x: jax.Array) -> jax.Array:  # [B, T, E] -> []
+        return _total(jnp.mean(x, axis=-1, dtype=jnp.float32), mask)
+
+    def measure(trace: FFNTrace) -> LayerStats:
+        scores, tau = trace.factors, trace.params["router_threshold"]
+        assert scores is not None
+        return LayerStats(
+            efficiency=mean(scores**2),
+            separation=mean(1 / ((scores - tau) ** 2 + epsilon)),
+            off=mean(scores < tau),
+            undecided=mean((scores > BAND[0]) & (scores < BAND[1])),
+            no_block=_total(jnp.all(scores <= tau, axis=-1).astype(jnp.float32), mask),
+        )
+
+    return measure
+
+
+class MaskStats(NamedTuple):
+    """float32 scalars of one layer, sums over the counted tokens."""
+
+    off: jax.Array  # share of blocks left out
+    no_block: jax.Array  # tokens without any block
+
+
+def mask_probe(mask: jax.Array | None = None) -> Probe:
+    """Takes `MaskStats` of every layer, in the modes that leave blocks out."""
+
+    def measure(trace: FFNTrace) -> MaskStats:
+        assert trace.factors is not None
+        off = (trace.factors == 0).astype(jnp.float32)
+        return MaskStats(_total(jnp.mean(off, axis=-1), mask), _total(jnp.min(off, axis=-1), mask))
+
+    return measure
+
+
+class PredictorStats(NamedTuple):
+    """float32 scalars of one layer, sums over the counted tokens of means over the layer's blocks."""
+
+    cross_entropy: jax.Array  # of the router's scores, nats, against the blocks that have the largest activations
+    off: jax.Array  # blocks that are to be left out
+    hit: jax.Array  # share of the blocks to keep that have the largest scores
+
+
+def predictor_probe(mask: jax.Array | None = None) -> Probe:
+    """Takes `PredictorStats` of every layer, in mode "off". Gradients reach the router alone.
+
+    The threshold parameter holds the share of blocks to leave out.
+    """
+
+    def measure(trace: FFNTrace) -> PredictorStats:
+        router, dropped = trace.params["router"], trace.params["router_threshold"]
+        x, x1 = jax.lax.stop_gradient((trace.x, trace.hidden))
+        logits = routing.router_logits(x, router)
+        wanted = routing.keep_largest(routing.block_sums(x1, x1.shape[-1] // router.shape[-1]), dropped)
+        nats = jax.nn.softplus(jnp.where(wanted, -logits, logits))
+        found = wanted & routing.keep_largest(jax.lax.stop_gradient(logits), dropped)
+        kept = jnp.sum(wanted, axis=-1, dtype=jnp.float32)
+        hit = jnp.sum(found, axis=-1, dtype=jnp.float32) / jnp.maximum(kept, 1)
+        rows = jnp.mean(nats, axis=-1), 1 - kept / logits.shape[-1], hit
+        return PredictorStats(*(_total(x, mask) for x in rows))
+
+    return measure
+
+
+def _total(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Sum of rows [B, T] over the counted tokens."""
+    return jnp.sum(rows if mask is None else jnp.where(mask, rows, 0.0))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Routers in and out of a model
+# --------------------------------------------------------------------------------------------------------------------
+
+Init = Literal["open", "zeros", "normal"]
+OPEN = 3.0  # logit of an open router at the mean input: a score of 0.95
+
+
+def add_routers(
+    params: Params,
+    config: LlamaConfig,
+    router: Router,
+    *,
+    threshold: float = 0.5,
+    init: Init = "zeros",
+    key: jax.Array | None = None,
+    tokens: Any = None,
+) -> tuple[Params, LlamaConfig]:
+    """The model with routers and thresholds, float32; its neurons are expected in the order of `grouping.permute`.
+
+    Args:
+        params: stacked, without routers.
+        threshold: of every layer: tau, or the share of blocks to drop (`jsparse.config.Router`).
+        init: of the routers. "zeros" starts every score at 0.5, so that the soft model has half of each FFN's output;
+            "open" points every router along the layer's mean input, so that every score starts near 1 and the soft
+            model is nearly the one that was given; "normal" draws from N(0, config.initializer_range).
+        key: for "normal".
+        tokens: for "open", int32 [B, T], sample text; a thousand tokens will do.
+    """
+    routed = replace(config, router=router)
+    shapes = model.abstract(routed)["layers"]["ffn"]
+    new = {"router_threshold": jnp.full(shapes["router_threshold"].shape, threshold, jnp.float32)}
+    if "router" in shapes:
+        shape = shapes["router"].shape
+        new["router"] = jnp.zeros(shape, jnp.float32)
+        if init == "normal":
+            assert key is not None
+            new["router"] = config.initializer_range * jax.random.normal(key, shape)
+        if init == "open":
+            mean = _mean_inputs(params, jnp.asarray(tokens), config)  # [L, D]
+            along = OPEN * mean / jnp.sum(mean * mean, axis=-1, keepdims=True)
+            new["router"] = jnp.broadcast_to(along[:, :, None], shape)
+    layers = params["layers"]
+    return params | {"layers": layers | {"ffn": layers["ffn"] | new}}, routed
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _mean_inputs(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
+    """float32 [L, D], the mean over tokens of each FFN's normalised input."""
+    return model.trunk(params, tokens, config, probe=lambda trace: jnp.mean(trace.x, (0, 1), dtype=jnp.float32))[1]
+
+
+def set_thresholds(params: Params, thresholds: Any) -> Params:
+    """Stacked parameters with the routers' thresholds [L]."""
+    layers = params["layers"]
+    old = layers["ffn"]["router_threshold"]
+    new = jax.device_put(jnp.asarray(thresholds, jnp.float32), old.sharding)
+    return params | {"layers": layers | {"ffn": layers["ffn"] | {"router_threshold": new}}}
+
+
+SERVED: dict[str, Any] = {
+    "soft": "hard",
+    "off": "top",
+    "noisy_softmax": "softmax",
+}  # the mode that follows on one made for training
+
+
+def served(config: LlamaConfig) -> LlamaConfig:
+    """The config by which a trained model is used: LTE's scores become masks, a predictor's choices count."""
+    if config.router is None:
+        return config
+    return replace(config, router=replace(config.router, mode=SERVED.get(config.router.mode, config.router.mode)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Thresholds for a named sparsity
+# --------------------------------------------------------------------------------------------------------------------
+
+_LIMIT, _BINS = 20.0, 8192  # of the histogram of logits
+
+
+def calibrate(
+    params: Params, config: LlamaConfig, batches: Iterable[jax.Array], sparsity: float, *, rounds: int = 3
+) -> np.ndarray:
+    """Thresholds, float32 [L], by which the hard-routed model leaves out a share of its blocks on average.
+
+    First all layers' logits are shifted alike until the mean share is met: that keeps the layers' differences, which
+    training found. Then each layer's threshold follows its own share, since a block left out below changes what the
+    layers above see.
+
+    Args:
+        params: stacked, with the thresholds to start from.
+        batches: int32 [B, T] each, of full windows.
+        sparsity: share of blocks to leave out, of the mean over layers.
+
+    Raises:
+        ConfigError: a share not between 0 and 1, or no batches.
+    """
+    check(0 < sparsity < 1, "target_sparsity", "a share between 0 and 1", sparsity)
+    batches = list(batches)
+    check(len(batches) > 0, "batches", "calibration tokens", "none")
+    assert config.router is not None
+    config = replace(config, router=replace(config.router, mode="hard"))
+    thresholds = np.asarray(params["layers"]["ffn"]["router_threshold"])
+    shares = None
+    for _ in range(rounds):
+        counts = np.sum([np.asarray(_histogram(params, tokens, config), np.int64) for tokens in batches], axis=0)
+        below = np.cumsum(counts, axis=1) / counts.sum(axis=1, keepdims=True)  # [L, bins], share up to a bin's end
+        if shares is None:
+            shares = below[:, np.searchsorted(below.mean(axis=0), sparsity)]
+        ends = np.array([np.searchsorted(row, share) for row, share in zip(below, shares, strict=True)]) + 1
+        logits = ends / _BINS * 2 * _LIMIT - _LIMIT
+        thresholds = (1 / (1 + np.exp(-logits))).astype(np.float32)
+        params = set_thresholds(params, thresholds)
+    return thresholds
+
+
+def _bins(logits: Any) -> jax.Array:
+    """int32 [bins]: how many of the logits [B, T, E] fall into each bin of [-LIMIT, LIMIT]; what lies outside counts
+    at the ends."""
+    place = jnp.floor((logits + _LIMIT) / (2 * _LIMIT) * _BINS).astype(jnp.int32)
+    return jnp.bincount(jnp.clip(place, 0, _BINS - 1).reshape(-1), length=_BINS)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _histogram(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
+    counts = model.trunk(params, tokens, config, probe=lambda trace: _bins(trace.logits))[1]
+    return constrain(counts, None, None)  # whole everywhere: the host reads it
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What it saves (Table 1)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """Of one token, by part of the model; floating-point operations (two a multiply-add) or bytes."""
+
+    attention: float  # projections
+    ffn: float
+    router: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def flops_per_token(config: LlamaConfig, sparsity: float = 0.0, *, router: bool = True, head: bool = False) -> Cost:
+    """Operations of the matrices on one token, as the paper counts: without attention scores, embedding and norms.
+
+    LLaMA-7B has 12.06 x 2^30, the paper's figure; its unit is 2^30, not 10^9.
+
+    Args:
+        sparsity: share of blocks left out.
+        router: count the routers, where the config has any.
+        head: count the output matrix, which the paper leaves out.
+    """
+    return _cost(config, sparsity, router, head, 2.0, 2.0)
+
+
+def bytes_per_token(
+    config: LlamaConfig, sparsity: float = 0.0, *, router: bool = True, head: bool = True, weight_bytes: int = 2
+) -> Cost:
+    """Bytes of weights read to decode one token at batch 1; routers are float32. Arguments as in `flops_per_token`."""
+    return _cost(config, sparsity, router, head, float(weight_bytes), 4.0)
+
+
+def _cost(
+    config: LlamaConfig, sparsity: float, router: bool, head: bool, per_weight: float, per_router_weight: float
+) -> Cost:
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    routers = 0
+    if router and config.router is not None and config.router.mode != "oracle":
+        routers = d * f // config.router.block_size
+    return Cost(
+        attention=per_weight * layers * d * heads * config.head_dim,
+        ffn=per_weight * layers * 3 * d * f * (1 - sparsity),
+        router=per_router_weight * layers * routers,
+        head=per_weight * d * config.vocab_size * head,
+    )
+
+
+def union_density(
+    params: Params, config: LlamaConfig, tokens: jax.Array, batches: Iterable[int] = (1, 2, 4, 8, 16)
+) -> dict[int, np.ndarray]:
+    """Share of blocks that a batch of B tokens uses, [L] for each B: what a kernel must read that serves them together.
+
+    Args:
+        tokens: int32 [rows, T] of real text. A batch is B neighbouring rows at one position.
+        batches: sizes B, each of which must divide the rows.
+
+    Raises:
+        ConfigError: a size that does not divide the rows, or a model without routers.
+    """
+    check(config.router is not None, "router", "a model with routers", None)
+    used = np.asarray(_used(params, tokens, config))  # [L, rows, T, E]
+    found = {}
+    for size in batches:
+        check(size > 0 and used.shape[1] % size == 0, "batches", f"divisors of the {used.shape[1]} rows", size)
+        groups = used.reshape(used.shape[0], -1, size, *used.shape[2:])
+        found[size] = groups.any(axis=2).mean(axis=(1, 2, 3))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _used(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
+    aux = model.trunk(params, tokens, config, probe=lambda trace: trace.factors != 0)[1]
+    return aux if isinstance(aux, jax.Array) else jnp.stack(aux)
+
+
+def gib(cost: Cost) -> float:
+    """A cost in units of 2^30, the paper's."""
+    return cost.total / math.pow(2, 30)
