@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jsparse import hf, model
-from jsparse.config import Cats, Cett, FatRelu, LlamaConfig, Relu, ShiftedRelu
+from jsparse.config import Cats, Cett, FatRelu, LlamaConfig, Relu, Router, ShiftedRelu
 from tests.helpers import random_params, tiny_config, tokens
 
 torch = pytest.importorskip("torch")
@@ -26,6 +26,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "shifted relu with a threshold": ({"activation": ShiftedRelu(0.1, 0.2)}, "jsparse"),
     "cats": ({"activation": Cats(0.1)}, "jsparse"),
     "cett": ({"activation": Cett()}, "jsparse"),
+    **{
+        f"router, {mode}": ({"router": Router(8, mode)}, "jsparse")
+        for mode in ("hard", "soft", "top", "oracle", "softmax", "off")
+    },
+    "router behind cett": ({"activation": Cett(), "router": Router(8, "hard")}, "jsparse"),
     "three heads of 32": ({"num_attention_heads": 3, "num_key_value_heads": 1}, "jsparse"),
 }
 
@@ -41,6 +46,8 @@ def params_of(config: LlamaConfig) -> model.Params:
     params = random_params(config)
     if "threshold" in params["layers"]["ffn"]:
         params["layers"]["ffn"]["threshold"] = jax.numpy.abs(params["layers"]["ffn"]["threshold"])
+    if "router_threshold" in params["layers"]["ffn"]:
+        params["layers"]["ffn"]["router_threshold"] = jax.numpy.asarray([0.4, 0.55])
     return params
 
 

@@ -1,5 +1,5 @@
-"""LLaMA with zeros in its feed-forward activations, with packed weights, or with layers of different widths, for
-`transformers` with `trust_remote_code=True`."""
+"""LLaMA with zeros in its feed-forward activations, with routers, with packed weights, or with layers of different
+widths, for `transformers` with `trust_remote_code=True`."""
 # mypy: ignore-errors
 
 import copy
@@ -60,6 +60,49 @@ class CettMLP(nn.Module):
     def forward(self, x):
         hidden = torch.relu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(keep(hidden.abs(), hidden, self.threshold.float()))
+
+
+class RoutedMLP(nn.Module):
+    """A gated MLP whose blocks of neurons each token multiplies by factors, most of them 0. Computes every block.
+
+    mode "soft" multiplies by scores, "hard" by 1 where a score is above the threshold, "top" and "oracle" by 1 at the
+    largest of the router's scores or of the activations, "softmax" by a softmax over the largest scores and their
+    number, "off" by 1. The threshold is a score, or in the last four the share of blocks to drop.
+    """
+
+    def __init__(self, mlp, hidden_size, width, router):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = getattr(mlp, "act_fn", torch.relu)
+        self.threshold = getattr(mlp, "threshold", None)
+        self.block_size, self.mode = router["block_size"], router["mode"]
+        if self.mode != "oracle":
+            blocks = width // self.block_size
+            self.router = nn.Linear(hidden_size, blocks, bias=False, dtype=torch.float32)
+        self.router_threshold = nn.Parameter(torch.full((1,), 0.5, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x):
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.threshold is not None:
+            hidden = keep(hidden.abs(), hidden, self.threshold.float())
+        blocks = hidden.unflatten(-1, (-1, self.block_size))
+        scores = blocks.abs().float().sum(-1) if self.mode == "oracle" else self.router(x.float())
+        return self.down_proj((blocks * self.factors(scores)[..., None].to(blocks.dtype)).flatten(-2))
+
+    def factors(self, scores):
+        threshold = self.router_threshold.float()
+        if self.mode == "off":
+            return torch.ones_like(scores)
+        if self.mode == "soft":
+            return scores.sigmoid()
+        if self.mode == "hard":
+            return (scores.sigmoid() > threshold).float()
+        order = scores.argsort(-1, descending=True, stable=True)
+        count = scores.shape[-1] - round(threshold.item() * scores.shape[-1])
+        kept = torch.zeros_like(scores).scatter(-1, order[..., :count], 1.0)
+        if self.mode in ("top", "oracle"):
+            return kept
+        return count * scores.masked_fill(kept == 0, float("-inf")).softmax(-1)
 
 
 class PackedLinear(nn.Module):
@@ -162,6 +205,8 @@ class _Sparse:
                 layer.mlp = CettMLP(layer.mlp, width)
             for matrix, packed in (getattr(config, "packed", None) or {}).items():
                 setattr(layer.mlp, matrix, PackedLinear(getattr(layer.mlp, matrix), packed))
+            if getattr(config, "router", None):
+                layer.mlp = RoutedMLP(layer.mlp, config.hidden_size, width, config.router)
 
 
 class SparseLlamaModel(_Sparse, LlamaModel):

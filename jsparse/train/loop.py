@@ -38,9 +38,7 @@ from jsparse.config import (
     LlamaConfig,
     LteStage1,
     LteStage2,
-    NoisyTopK,
     PaperCodeL1,
-    Predictor,
     ProSparse,
     Source,
     TrainConfig,
@@ -59,9 +57,7 @@ from jsparse.train.host import Clock, Profile, StopSignal
 from jsparse.train.metrics import MetricsLog, Speed
 from jsparse.train.optimizer import learning_rate
 from jsparse.train.step import make_step
-from jsparse.train.terms import makes_zeros, training_config
-
-AddsRouters = LteStage1 | NoisyTopK | Predictor  # methods that start from a model without routers
+from jsparse.train.terms import AddsRouters, makes_zeros, training_config
 
 IN_FLIGHT = 2  # steps handed to the devices before the metrics of the oldest are read
 

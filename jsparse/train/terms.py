@@ -34,6 +34,7 @@ from jsparse.config import (
 from jsparse.methods import lte, prosparse
 from jsparse.model import Probe
 
+AddsRouters = LteStage1 | NoisyTopK | Predictor  # methods that start from a model without routers
 Metrics = dict[str, jax.Array]
 
 
@@ -107,8 +108,16 @@ def training_config(method: Method, model_config: LlamaConfig) -> LlamaConfig:
     """The config to train a model with: with the routers that the method adds, in the mode it trains them in.
 
     Raises:
-        ConfigError: stage 2 of LTE and a model without routers, or a block size that does not divide F.
+        ConfigError: stage 2 of LTE and a model without routers, routers for layers of several shapes, or a block size
+            that does not divide F.
     """
+    if isinstance(method, AddsRouters):
+        check(
+            model_config.layers is None,
+            "model",
+            f"one whose layers are alike for method {method.type}",
+            "several shapes",
+        )
     match method:
         case LteStage1():
             return replace(model_config, router=Router(method.block_size, "soft"))
