@@ -497,7 +497,9 @@ class LteStage1:
     tokens: Literal["all", "loss"] = "all"  # which tokens the two losses average: all real ones, or those with loss
     block_size: int = 32  # neurons
     grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"  # of neurons into blocks, before the first step
-    init: Literal["open", "zeros", "normal"] = "open"  # of the routers; open: all scores near 1, the model as it is
+    # of the routers: predictor, fitted to which blocks act most, so that the target share of scores starts below 0.5;
+    # open, all scores near 1; zeros, all 0.5; normal, random
+    init: Literal["predictor", "open", "zeros", "normal"] = "predictor"
     router_lr: float = 1e-2  # the routers' own peak; the schedule's shape is the optimizer's
     router_weight_decay: float = 0.0
 

@@ -90,6 +90,7 @@ class Study:
                                         vocab_size=self.config.vocab_size)  # fmt: skip
         self.train_store = open_tokens(Source(args.train))
         self.held_out = {Path(p).stem: open_tokens(Source(p)).tokens[: args.eval_tokens + 1] for p in args.eval}
+        self.sample = self.train_store.tokens[: 8 * args.seq_len].reshape(8, -1).astype(np.int32)
         self.rows: list[dict[str, Any]] = []
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
@@ -205,7 +206,7 @@ class Study:
         params, _ = lte.add_routers(
             permute(self.params, self.order(grouping, seed)), self.config, soft.router, threshold=self.stage1.tau,
             init=init or self.stage1.init, key=jax.random.key(seed),  # type: ignore[arg-type]
-            tokens=self.train_store.tokens[: self.args.seq_len][None].astype(np.int32),
+            tokens=self.sample, dropped=target,
         )  # fmt: skip
         hard = lte.served(soft)
         params, seen = self.fit("stage1", params, 0, seed, target_sparsity=target, **changes)
@@ -251,6 +252,7 @@ class Study:
             ("lte", lambda: self.lte("LTE", first)),
             ("moefication", lambda: self.predictors("predictor", "MoEfication")),
             ("dejavu", lambda: self.predictors("neurons", "neurons (Deja Vu)")),
+            ("open", lambda: self.lte("LTE, open routers", first, init="open")),
             *[("lte", functools.partial(self.lte, "LTE", t)) for t in others[:1]],
             *[("noisy", functools.partial(self.noisy, t)) for t in targets[:2]],
             *[("lte", functools.partial(self.lte, "LTE", t)) for t in others[1:]],

@@ -97,7 +97,7 @@ class RoutedMLP(nn.Module):
             return scores.sigmoid()
         if self.mode == "hard":
             return (scores.sigmoid() > threshold).float()
-        order = scores.argsort(-1, descending=True, stable=True)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
         count = scores.shape[-1] - round(threshold.item() * scores.shape[-1])
         kept = torch.zeros_like(scores).scatter(-1, order[..., :count], 1.0)
         if self.mode in ("top", "oracle"):

@@ -44,6 +44,7 @@ import numpy as np
 
 from jsparse import model
 from jsparse.config import LlamaConfig, Router, check
+from jsparse.methods.sparsegpt import exact_dot
 from jsparse.model import FFNTrace, Params, Probe, routing
 from jsparse.parallel import constrain
 
@@ -60,6 +61,7 @@ class LayerStats(NamedTuple):
     efficiency: jax.Array  # L_eff's term
     separation: jax.Array  # L_sep's term
     off: jax.Array  # scores below the threshold
+    missing: jax.Array  # 1 - score: the share of the blocks' outputs that the scores take away
     undecided: jax.Array  # scores within BAND
     no_block: jax.Array  # tokens without any score above the threshold
 
@@ -82,6 +84,7 @@ def probe(mask: jax.Array | None = None, *, epsilon: Any = 1e-2) -> Probe:
             efficiency=mean(scores**2),
             separation=mean(1 / ((scores - tau) ** 2 + epsilon)),
             off=mean(scores < tau),
+            missing=mean(1 - scores),
             undecided=mean((scores > BAND[0]) & (scores < BAND[1])),
             no_block=_total(jnp.all(scores <= tau, axis=-1).astype(jnp.float32), mask),
         )
@@ -145,8 +148,10 @@ def _total(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
 # Routers in and out of a model
 # --------------------------------------------------------------------------------------------------------------------
 
-Init = Literal["open", "zeros", "normal"]
+Init = Literal["predictor", "open", "zeros", "normal"]
 OPEN = 3.0  # logit of an open router at the mean input: a score of 0.95
+SPREAD = 2.0  # standard deviation of the logits that a predictor is fitted to
+RIDGE = 1e-2  # of that fit, over the mean of the Gram matrix's diagonal
 
 
 def add_routers(
@@ -158,17 +163,20 @@ def add_routers(
     init: Init = "zeros",
     key: jax.Array | None = None,
     tokens: Any = None,
+    dropped: float = 0.5,
 ) -> tuple[Params, LlamaConfig]:
     """The model with routers and thresholds, float32; its neurons are expected in the order of `grouping.permute`.
 
     Args:
         params: stacked, without routers.
         threshold: of every layer: tau, or the share of blocks to drop (`jsparse.config.Router`).
-        init: of the routers. "zeros" starts every score at 0.5, so that the soft model has half of each FFN's output;
-            "open" points every router along the layer's mean input, so that every score starts near 1 and the soft
-            model is nearly the one that was given; "normal" draws from N(0, config.initializer_range).
+        init: of the routers. "predictor" fits them to the blocks' activations on sample text, the largest of each token
+            above a score of 0.5; "open" points every router along the layer's mean input, so that every score starts
+            near 1 and the soft model is nearly the one that was given; "zeros" starts every score at 0.5, so that the
+            soft model has half of each FFN's output; "normal" draws from N(0, config.initializer_range).
         key: for "normal".
-        tokens: for "open", int32 [B, T], sample text; a thousand tokens will do.
+        tokens: for "predictor" and "open", int32 [B, T], sample text: more tokens than D is wide.
+        dropped: for "predictor", the share of blocks whose scores start below 0.5.
     """
     routed = replace(config, router=router)
     shapes = model.abstract(routed)["layers"]["ffn"]
@@ -179,6 +187,8 @@ def add_routers(
         if init == "normal":
             assert key is not None
             new["router"] = config.initializer_range * jax.random.normal(key, shape)
+        if init == "predictor":
+            new["router"] = _fit(params, jnp.asarray(tokens), dropped, config, router.block_size)
         if init == "open":
             mean = _mean_inputs(params, jnp.asarray(tokens), config)  # [L, D]
             along = OPEN * mean / jnp.sum(mean * mean, axis=-1, keepdims=True)
@@ -191,6 +201,25 @@ def add_routers(
 def _mean_inputs(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
     """float32 [L, D], the mean over tokens of each FFN's normalised input."""
     return model.trunk(params, tokens, config, probe=lambda trace: jnp.mean(trace.x, (0, 1), dtype=jnp.float32))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "block_size"))
+def _fit(params: Params, tokens: jax.Array, dropped: Any, config: LlamaConfig, block_size: int) -> jax.Array:
+    """Routers float32 [L, D, E], by ridge regression of the logarithm of what each block puts out, the sum over its
+    neurons of |x1_i| ||W_down,i||, over that of the token's block at the cut."""
+
+    def measure(trace: FFNTrace) -> jax.Array:
+        x = trace.x.astype(jnp.float32).reshape(-1, trace.x.shape[-1])
+        norms = jnp.linalg.norm(trace.params["down"].astype(jnp.float32), axis=-1)
+        sums = routing.block_sums(trace.hidden.astype(jnp.float32) * norms[None, None], block_size)
+        logs = jnp.log(jnp.maximum(sums.reshape(x.shape[0], -1), 1e-20))
+        wanted = logs - jnp.quantile(logs, dropped, axis=-1, keepdims=True)
+        wanted = SPREAD * wanted / jnp.maximum(jnp.std(wanted), 1e-20)
+        gram, cross = exact_dot(x.T, x), exact_dot(x.T, wanted)
+        ridge = RIDGE * jnp.mean(jnp.diagonal(gram)) + 1e-20
+        return jnp.linalg.solve(gram + ridge * jnp.eye(len(gram)), cross)
+
+    return model.trunk(params, tokens, config, probe=measure)[1]
 
 
 def set_thresholds(params: Params, thresholds: Any) -> Params:

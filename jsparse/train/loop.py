@@ -343,11 +343,14 @@ def starting_params(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, 
     if not isinstance(method, AddsRouters):
         return params
     assert model_config.router is not None
-    sample = loader.batch(0, range(1)).tokens
-    order = group(params, bare, method.block_size, method.grouping, tokens=sample, seed=config.seed)
-    threshold, init = (method.tau, method.init) if isinstance(method, LteStage1) else (method.sparsity, "zeros")
-    return lte.add_routers(permute(params, order), bare, model_config.router, threshold=threshold, init=init,
-                           key=jax.random.key(config.seed), tokens=sample)[0]  # fmt: skip
+    sample = loader.batch(0, range(min(8, config.data.batch_size))).tokens
+    order = group(params, bare, method.block_size, method.grouping, tokens=sample[:1], seed=config.seed)
+    params = permute(params, order)
+    add = functools.partial(lte.add_routers, params, bare, model_config.router)
+    if not isinstance(method, LteStage1):
+        return add(threshold=method.sparsity)[0]
+    return add(threshold=method.tau, init=method.init, key=jax.random.key(config.seed), tokens=sample,
+               dropped=method.target_sparsity or 0.5)[0]  # fmt: skip
 
 
 def calibrate(now: state.TrainState, config: TrainConfig, model_config: LlamaConfig, batch: Batch) -> state.TrainState:

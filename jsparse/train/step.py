@@ -117,7 +117,7 @@ def make_update(
         control = state.control
         if terms.probe is not None:
             metrics |= terms.observed(stats, observed)
-            control = prosparse.update_control(weight, number, control, metrics["sparsity"])
+            control = prosparse.update_control(weight, number, control, metrics[terms.controlled])
         added = jnp.zeros(())
         if terms.penalty is not None:
             added = terms.penalty(stats, *penalised)

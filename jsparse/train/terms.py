@@ -47,6 +47,7 @@ class Terms(NamedTuple):
     probe: Callable[[jax.Array], Probe] | None  # of bool [B, T], the tokens that count; None: nothing is observed
     observed: Callable[[Any, jax.Array], Metrics]  # of summed statistics and the number of counted tokens
     penalty: Callable[..., jax.Array] | None = None  # of statistics, weight, that number and the share of steps done
+    controlled: str = "sparsity"  # the metric that a controller of the weight holds
     loss_tokens: bool = False  # the tokens that count are those that take loss, not all real ones
     task: bool = True  # whether the model's own loss counts
 
@@ -67,7 +68,7 @@ def make_terms(config: TrainConfig, model_config: LlamaConfig, shards: int) -> T
                                                 micro_batches=config.accumulate * shards)  # fmt: skip
                 return jnp.sum(stats.l1 * weight * scale)
 
-            return Terms(prosparse.probe, zeros, l1, isinstance(penalty, MeanL1) and penalty.mask == "loss")
+            return Terms(prosparse.probe, zeros, l1, loss_tokens=isinstance(penalty, MeanL1) and penalty.mask == "loss")
         case LteStage1(separation=separation, separation_ramp=ramp, epsilon=epsilon) as method:
 
             def losses(stats: Any, weight: jax.Array, tokens: jax.Array, progress: jax.Array) -> jax.Array:
@@ -78,13 +79,16 @@ def make_terms(config: TrainConfig, model_config: LlamaConfig, shards: int) -> T
             def scores(stats: lte.LayerStats, tokens: jax.Array) -> Metrics:
                 return {
                     "sparsity": stats.off / tokens,
+                    "missing": stats.missing / tokens,
                     "undecided": stats.undecided / tokens,
                     "no_block": stats.no_block / tokens,
                     "efficiency": jnp.mean(stats.efficiency) / tokens,
                     "separation": jnp.mean(stats.separation) / tokens,
                 }
 
-            return Terms(lambda mask: lte.probe(mask, epsilon=epsilon), scores, losses, method.tokens == "loss")
+            # Scores that are still on their way to the threshold show in their mean, not in the share below it.
+            return Terms(lambda mask: lte.probe(mask, epsilon=epsilon), scores, losses, "missing",
+                         method.tokens == "loss")  # fmt: skip
         case Predictor(select="router"):
 
             def cross_entropy(stats: Any, weight: jax.Array, tokens: jax.Array, progress: jax.Array) -> jax.Array:
@@ -141,9 +145,9 @@ def penalty_weight(config: TrainConfig) -> Stages | Fixed | Target:
         case LteStage1(target_sparsity=target, eta=eta, reach=reach):
             if target is None:
                 return Fixed(eta)
-            # Runs may be short, and a batch has many thousand scores: quicker than a penalty on activations is held.
+            # Quicker than a penalty on activations is held: runs may be short, and a batch has many thousand scores.
             return Target(target, reach=max(1, round(reach * config.steps)), initial=eta, settle=0.1 * config.steps,
-                          rate=0.2, smoothing=0.7)  # fmt: skip
+                          smoothing=0.7)  # fmt: skip
         case Predictor():
             return Fixed(1.0)
         case Dense() | LteStage2() | NoisyTopK():
