@@ -106,6 +106,7 @@ def gathered_ffn(
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """The product over a's last axis and b's `axis`; float32 operands are not rounded."""
-    precision = "highest" if a.dtype == jnp.float32 else None
+    """The product over a's last axis and b's `axis`; float32 operands are not rounded, whatever JAX's default, and
+    bfloat16 ones take no more than they have."""
+    precision = "highest" if a.dtype == jnp.float32 else "default"
     return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision, jnp.float32)

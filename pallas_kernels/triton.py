@@ -115,6 +115,12 @@ def power_of_two(wanted: int, of: int) -> int:
     return size
 
 
+def warps_for(width: int) -> int:
+    """As many warps, up to 16, as it takes to load a row of 16-bit values at once."""
+    warps = max(1, min(16, width // (32 * VECTOR)))
+    return 1 << (warps.bit_length() - 1)
+
+
 def columns(width: int, chunk: int) -> list[Any]:
     """A row cut into chunks, each a power of two: as many of `chunk` as fit, then smaller ones."""
     chunks, start = [], 0

@@ -11,6 +11,7 @@ import numpy as np
 BACKENDS: dict[str, dict[str, Any]] = {
     "xla": {"implementation": "xla"},
     "triton": {"implementation": "triton", "interpret": True},
+    "mosaic_tpu": {"implementation": "mosaic_tpu", "interpret": True},
 }
 
 

@@ -59,28 +59,21 @@ def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning]:
         yield from mosaic_tunings(tokens)
     fma, dot = functools.partial(block.Tuning, "fma"), functools.partial(block.Tuning, "dot")
     if tokens <= 4:
-        for programs in (264, 0):
-            yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, programs=programs)
-            yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8, programs=programs)
-            yield fma(rows=8, chunk=4096, down_chunk=4096, warps=16, programs=programs)
-            yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, programs=programs)
-        yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, ahead=False)
+        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, programs=264)
+        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16)
         yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, ahead=False, router="fused")
-        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, router="fused")
-        yield fma(rows=2, chunk=4096, down_chunk=4096, warps=16, programs=528)
-        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, programs=396, ahead=False)
-        yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8, programs=528, ahead=False)
         yield fma(rows=8, chunk=4096, down_chunk=4096, warps=16, programs=132)
+        yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8, programs=264)
+        yield fma(rows=8, chunk=2048, down_chunk=4096, warps=8, ahead=False)
+        yield fma(rows=4, chunk=2048, down_chunk=4096, warps=8, programs=528, ahead=False)
+        yield fma(rows=2, chunk=4096, down_chunk=4096, warps=16, programs=264)
+        yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16, router="fused")
     yield dot(rows=32, chunk=128, down_chunk=128, warps=4, stages=4)
     yield dot(rows=32, chunk=256, down_chunk=128, warps=4, stages=3)
-    if tokens == 1:
-        return
-    yield dot(rows=32, chunk=256, down_chunk=256, warps=8, stages=4)
-    yield dot(rows=16, chunk=256, down_chunk=256, warps=4, stages=4)
-    yield dot(rows=16, chunk=512, down_chunk=256, warps=4, stages=3)
-    yield dot(rows=32, chunk=128, down_chunk=256, warps=4, stages=6)
-    yield dot(rows=16, chunk=128, down_chunk=128, warps=2, stages=4)
-    yield dot(rows=32, chunk=64, down_chunk=64, warps=4, stages=6)
+    if tokens > 1:
+        yield dot(rows=16, chunk=256, down_chunk=256, warps=4, stages=4)
+        yield dot(rows=32, chunk=64, down_chunk=64, warps=4, stages=6)
+        yield dot(rows=16, chunk=128, down_chunk=128, warps=2, stages=4)
 
 
 def mosaic_tunings(tokens: int) -> Iterator[mosaic.Tuning]:
@@ -99,15 +92,13 @@ def neuron_tunings(predicted: bool) -> Iterator[neuron.Tuning | neuron_mosaic.Tu
     if predicted:
         yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
         yield mosaic.Tuning(rows=1, stages=4, warpgroups=1, blocks=264)
-        choices = [(64, 8, 4096, 16), (64, 4, 2048, 8), (32, 4, 4096, 16), (32, 2, 4096, 16), (64, 4, 4096, 16),
-                   (32, 4, 2048, 8), (32, 8, 2048, 8), (16, 2, 2048, 8)]  # fmt: skip
+        choices = [(64, 4, 4096, 16), (32, 4, 2048, 8), (64, 4, 2048, 8), (32, 2, 4096, 16)]
     else:
         yield neuron_mosaic.Tuning()
         yield neuron_mosaic.Tuning(rows=8, stages=2)
         yield neuron_mosaic.Tuning(warpgroups=4)
         yield neuron_mosaic.Tuning(rows=2, stages=3, slots=2, blocks=264)
-        choices = [(16, 4, 2048, 8), (16, 2, 4096, 16), (8, 2, 2048, 8), (16, 4, 4096, 16), (8, 1, 4096, 16),
-                   (32, 4, 4096, 16)]  # fmt: skip
+        choices = [(16, 4, 2048, 8), (16, 2, 4096, 16), (8, 2, 2048, 8)]
     for choice in choices:
         yield neuron.Tuning(*choice)
 

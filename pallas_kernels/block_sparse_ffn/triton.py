@@ -37,10 +37,12 @@ class Tuning:
     programs: int = 0  # fma, router apart: so many programs share the active rows evenly; 0: one program for any rows
 
 
-def default_tuning(tokens: int, dtype: Any) -> Tuning:
-    """For an H100, by batch."""
-    if tokens <= 4 or dtype == jnp.float32:
-        return Tuning("fma", rows=8, chunk=1024, down_chunk=1024, warps=4)
+def default_tuning(tokens: int, width: int, dtype: Any) -> Tuning:
+    """For an H100, by batch: at one or two tokens few rows a program and all their loads at once, later tensor cores,
+    which round float32."""
+    if tokens <= 2 or dtype == jnp.float32:
+        warps = shared.warps_for(width)
+        return Tuning("fma", rows=4, chunk=4096, down_chunk=4096, warps=warps, programs=264 if tokens == 1 else 0)
     return Tuning("dot", rows=32, chunk=128, down_chunk=128, warps=4, stages=4)
 
 
@@ -69,7 +71,7 @@ def block_sparse_ffn(
 ) -> jax.Array:
     """As `reference.block_sparse_ffn`, the hidden values rounded to x's dtype on the dot path."""
     neurons = weights.gate.shape[0]
-    tuning = tuning or default_tuning(x.shape[0], x.dtype)
+    tuning = tuning or default_tuning(x.shape[0], x.shape[1], x.dtype)
     tuning = replace(tuning, rows=shared.power_of_two(tuning.rows, block_size))
     if deterministic or tuning.path == "dot" or tuning.router == "fused":
         tuning = replace(tuning, programs=0)
@@ -80,7 +82,7 @@ def block_sparse_ffn(
         functools.partial(body, activation=activation, block_size=block_size, tuning=tuning),
         (x, *weights, *chosen),
         residual,
-        programs=tuning.programs or neurons // tuning.rows,
+        programs=min(tuning.programs or neurons, neurons // tuning.rows),
         warps=tuning.warps,
         stages=tuning.stages,
         deterministic=deterministic,

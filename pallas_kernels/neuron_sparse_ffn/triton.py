@@ -30,9 +30,12 @@ class Tuning:
     warps: int
 
 
-def default_tuning(predicted: bool) -> Tuning:
+def default_tuning(width: int, predicted: bool) -> Tuning:
     """For an H100."""
-    return Tuning(rows=32 if predicted else 16, group=4, chunk=2048, warps=8)
+    warps = shared.warps_for(width)
+    if predicted:
+        return Tuning(rows=64, group=4, chunk=4096, warps=warps)
+    return Tuning(rows=16, group=4, chunk=2048, warps=min(8, warps))
 
 
 def unsupported(x: jax.Array, weights: PackedFFN, predictor: Predictor | None, cutoff: jax.Array | None) -> str | None:
@@ -63,7 +66,7 @@ def neuron_sparse_ffn(
 ) -> jax.Array:
     """As `reference.neuron_sparse_ffn`."""
     neurons = weights.gate.shape[0]
-    tuning = tuning or default_tuning(predictor is not None)
+    tuning = tuning or default_tuning(x.shape[1], predictor is not None)
     tuning = replace(tuning, rows=shared.power_of_two(tuning.rows, neurons))
     prediction = () if predictor is None else (_project(x, predictor, interpret), predictor.up, predictor.threshold)
     kernel = functools.partial(
