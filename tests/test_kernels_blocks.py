@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockSparse, block_sparse_matmul, pack_blocks, unpack_blocks
+from tests.aot import H100, TARGETS, compile_for
 from tests.kernels import BACKENDS, assert_close, random
 
 REFERENCE = {"implementation": "reference"}
-every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+TPU = {"implementation": "mosaic_tpu", "interpret": True}
+KERNELS = BACKENDS | {"mosaic_tpu": TPU}
+every_backend = pytest.mark.parametrize("backend", KERNELS.values(), ids=KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +46,14 @@ class Case:
         return pack_blocks(weight, self.mask(seed), capacity=int(self.mask(seed).sum()) + self.spare)
 
 
-CASES = {
+CASES = {  # a TPU's blocks are of 128
     "float32": Case(),
     "bfloat16": Case(dtype=jnp.bfloat16),
     "float16, blocks of 64": Case(dtype=jnp.float16, block=64, inputs=128, outputs=192),
     "blocks of 128": Case(dtype=jnp.bfloat16, block=128, inputs=256, outputs=256),
+    "blocks of 128, odd sizes": Case(tokens=1031, block=128, inputs=256, outputs=384, density=0.3, spare=2),
+    "blocks of 128, nothing active": Case(block=128, inputs=256, outputs=128, density=0.0, spare=3),
+    "blocks of 128, all active": Case(block=128, inputs=128, outputs=256, density=1.0),
     "odd sizes": Case(tokens=21, inputs=5 * 32, outputs=3 * 32),
     "two tiles of tokens": Case(tokens=150),
     "nothing active": Case(density=0.0),
@@ -64,8 +71,15 @@ def value_and_gradients(x: jax.Array, weight: BlockSparse, dy: jax.Array, **back
     return y, *vjp(dy)
 
 
-@every_backend
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+RUNS = [
+    pytest.param(case, backend, id=f"{case_name}-{name}")
+    for case_name, case in CASES.items()
+    for name, backend in KERNELS.items()
+    if case.block == 128 or name != "mosaic_tpu"
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), RUNS)
 def test_forward_and_gradients(case: Case, backend: dict[str, Any]) -> None:
     x, weight, dy = case.operands()
     got = value_and_gradients(x, weight, dy, **backend)
@@ -88,7 +102,7 @@ def test_reference_is_the_masked_dense_product() -> None:
 @every_backend
 def test_jit_vmap_and_scan(backend: dict[str, Any]) -> None:
     """Layers of different masks and one capacity share a program."""
-    case = Case(outputs=64)
+    case = Case(outputs=64) if backend != TPU else Case(block=128, inputs=128, outputs=256)
     room = case.inputs * case.outputs // case.block**2
     layers = [pack_blocks(random(seed, case.inputs, case.outputs), case.mask(seed), capacity=room) for seed in range(3)]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
@@ -102,7 +116,7 @@ def test_jit_vmap_and_scan(backend: dict[str, Any]) -> None:
 @every_backend
 def test_outputs_over_tensor(backend: dict[str, Any]) -> None:
     """Shards of different masks; value and gradients."""
-    case = Case(outputs=8 * 32)
+    case = Case(outputs=8 * 32) if backend != TPU else Case(block=128, inputs=256, outputs=8 * 128)
     mask = case.mask()
     w = random(1, case.inputs, case.outputs, scale=case.inputs**-0.5)
     x, dy = random(0, case.tokens, case.inputs), random(0, case.tokens, case.outputs)
@@ -127,6 +141,25 @@ def test_outputs_over_tensor(backend: dict[str, Any]) -> None:
     assert_close(dv, pack_blocks(dense, mask, shards=4).values)
 
 
+def test_no_races_on_tpus() -> None:
+    x, weight, dy = CASES["blocks of 128, odd sizes"].operands()
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    got = value_and_gradients(x, weight, dy, implementation="mosaic_tpu", interpret=interpret)
+    assert_close(got, value_and_gradients(x, weight, dy, **REFERENCE))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target: str) -> None:
+    """Forward and gradients of LLaMA2-7B's gate at half its blocks of 128."""
+    implementation: Any = "triton" if target == H100 else "mosaic_tpu"
+    inputs, outputs, half = 4096, 11008, 32 * 86 // 2
+    index = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
+    values = jax.ShapeDtypeStruct((half, 128, 128), jnp.bfloat16)
+    weight = BlockSparse(values, index(half), index(half), index(87), index(half), index(33))
+    x, dy = (jax.ShapeDtypeStruct((2000, n), jnp.bfloat16) for n in (inputs, outputs))
+    compile_for(target, lambda *o: value_and_gradients(*o, implementation=implementation), x, weight, dy)
+
+
 def test_arguments_that_do_not_fit() -> None:
     x, weight, _ = Case().operands()
     dense = jnp.zeros((64, 96))
@@ -143,6 +176,8 @@ def test_arguments_that_do_not_fit() -> None:
         ("implementation 'triton': expected blocks of 16, 32, 64 or 128, got 8",
          lambda: block_sparse_matmul(jnp.ones((8, 16)), pack_blocks(jnp.ones((16, 8)), np.ones((2, 1))),
                                      implementation="triton")),
+        ("implementation 'mosaic_tpu': expected blocks of a multiple of 128, got 32",
+         lambda: block_sparse_matmul(x, weight, implementation="mosaic_tpu")),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Activation, PackedNM, nm_ffn, nm_matmul, pack, unpack
+from tests.aot import H100, TARGETS, compile_for
 from tests.kernels import BACKENDS, assert_close, random
 
 REFERENCE = {"implementation": "reference"}
-every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+KERNELS = BACKENDS | {"mosaic_tpu": {"implementation": "mosaic_tpu", "interpret": True}}
+every_backend = pytest.mark.parametrize("backend", KERNELS.values(), ids=KERNELS)
 every_axis = pytest.mark.parametrize("axis", ["input", "output"])
 
 
@@ -157,6 +160,10 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @every_case
 def test_matmul(case: Case, axis: str, backend: dict[str, Any]) -> None:
     x, weight = case.x(), case.weight(axis)
+    if case.dtype == jnp.float16 and backend["implementation"] == "mosaic_tpu":
+        with pytest.raises(ValueError, match="'mosaic_tpu': expected float32 or bfloat16, got float16"):
+            nm_matmul(x, weight, **backend)
+        return
     got = nm_matmul(x, weight, **backend)
     assert got.dtype == case.dtype
     assert_close(got, nm_matmul(x, weight, **REFERENCE), case.dtype)
@@ -248,6 +255,41 @@ def test_sharded(backend: dict[str, Any]) -> None:
         x, values
     )
     assert_close(value(sharded), value(whole))
+
+
+@every_axis
+def test_no_races_on_tpus(axis: str) -> None:
+    case = Case(tokens=3, outputs=640, inputs=128, dtype=jnp.bfloat16)
+    x, weight = case.x(), case.weight(axis)
+    interpret = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
+    )
+    got = nm_matmul(x, weight, implementation="mosaic_tpu", interpret=interpret)
+    assert_close(got, nm_matmul(x, weight, **REFERENCE), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target: str) -> None:
+    """LLaMA2-7B's FFN as DaSS groups it; SmolLM2's for eight tokens, and for two as the other methods group it."""
+    implementation: Any = "triton" if target == H100 else "mosaic_tpu"
+
+    def packed(inputs: int, outputs: int, axis: Any) -> PackedNM:
+        make = lambda: pack(jnp.zeros((inputs, outputs), jnp.bfloat16), 2, 4, axis)
+        return jax.eval_shape(make)
+
+    def ffn(x: jax.Array, gate: Any, up: Any, down: Any, residual: jax.Array) -> jax.Array:
+        return nm_ffn(
+            x, gate, up, down, activation=Activation("gelu"), residual=residual, implementation=implementation
+        )
+
+    for tokens, width, neurons, axis in [
+        (1, 4096, 11008, "output"),
+        (8, 576, 1536, "output"),
+        (2, 576, 1536, "input"),
+    ]:
+        gate, down = packed(width, neurons, axis), packed(neurons, width, "input")
+        x, residual = (jax.ShapeDtypeStruct((tokens, width), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+        compile_for(target, ffn, x, gate, gate, down, residual)
 
 
 def test_arguments_that_do_not_fit() -> None:

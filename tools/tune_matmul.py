@@ -80,14 +80,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of every row")
     parser.add_argument("--seconds", type=float, default=300, help="no measurement begins after so many")
     parser.add_argument("--shapes", nargs="+", default=["4096x11008", "576x1536"], help="D x F of FFNs to decode with")
-    parser.add_argument("--layers", type=int, default=4, help="whose weights take turns")
+    parser.add_argument("--layers", type=int, default=8, help="whose weights take turns")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=8192, help="of the block-sparse product")
     parser.add_argument("--matrix", default="4096x11008", help="I x O of the block-sparse product")
     parser.add_argument("--block", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--steps", type=int, default=200, help="tokens decoded in one program")
+    parser.add_argument("--steps", type=int, default=96, help="tokens decoded in one program")
     parser.add_argument("--rounds", type=int, default=24, help="block-sparse products, and copies, in one program")
     parser.add_argument("--only", choices=["decode", "training"])
     parser.add_argument("--tune-batches", type=int, nargs="*", default=[1, 8], help="at the first of the shapes")
@@ -150,7 +150,7 @@ def decode(run: Run, width: int, neurons: int) -> None:
         matrices = [half(k, *shape) for k, shape in zip(keys, shapes, strict=True)]
         packed.append([pack(w, 2, 4, axis) for w, (_, _, axis) in zip(matrices, shapes, strict=True)])  # type: ignore[arg-type]
         dense.append(matrices)
-    check(run, packed[0], width)
+    run.try_("check", lambda: check(run, packed[0], width))
 
     calls = run.args.steps * run.args.layers
     shape = f"{width}x{neurons}"
@@ -182,7 +182,6 @@ def decode(run: Run, width: int, neurons: int) -> None:
         for name, ffn, layers, options in [
             ("XLA", plain, dense, None),
             ("XLA, neurons first", neuron_major, turned, None),
-            ("cuBLAS", plain, dense, CUBLAS),
             ("cuBLAS, neurons first", neuron_major, turned, CUBLAS),
         ]:
             if run.args.interpret and options:
@@ -190,6 +189,8 @@ def decode(run: Run, width: int, neurons: int) -> None:
             taken = run.try_(name, lambda: run.seconds(loop(ffn), residual, layers, options=options))
             if taken:
                 times[name] = taken / calls
+        if not times:
+            continue
         best = min(times, key=lambda name: times[name])
 
         def packed_time(tuning: Any) -> float | None:
@@ -223,8 +224,8 @@ def candidates(tokens: int, which: int, weight: PackedNM) -> list[nm_triton.Tuni
     """Tilings to try: of gate and up together, or of down."""
     width = weight.indices.shape[-1]
     fma = [
-        [(1, 512, 4), (1, 256, 1), (1, 512, 1), (2, 512, 4), (2, 256, 2), (4, 256, 4)],
-        [(1, 512, 2), (1, 1024, 8), (1, 512, 4), (1, 256, 1), (1, 2048, 8), (2, 512, 4)],
+        [(1, 256, 1), (1, 512, 4), (2, 256, 2)],
+        [(1, 512, 2), (1, 1024, 8), (1, 512, 4)],
     ][which]
     dot = [(8, 64, 1), (8, 64, 2), (16, 64, 2), (32, 32, 4)] if which == 0 else [(16, 64, 2), (16, 32, 2), (16, 64, 4)]
     paths = [("fma", cut) for cut in fma] * (tokens <= 2) + [("dot", cut) for cut in dot] * (tokens >= 2)
@@ -234,14 +235,14 @@ def candidates(tokens: int, which: int, weight: PackedNM) -> list[nm_triton.Tuni
 def check(run: Run, matrices: list[PackedNM], width: int) -> None:
     """The kernels against float32, at every batch and along both axes."""
     gate, up, down = matrices
-    other = pack(half(jax.random.key(5), width, gate.shape[1], "input"), 2, 4, "input")
     for tokens in run.args.batches:
         x = jax.random.normal(jax.random.key(tokens), (tokens, width), jnp.bfloat16)
+        wide = jax.random.normal(jax.random.key(tokens), (tokens, down.shape[0]), jnp.bfloat16)
         residual = jax.random.normal(jax.random.key(8), (tokens, width))
         kernel: dict[str, Any] = {"implementation": "triton", "interpret": run.args.interpret}
         for name, f in [
             ("matmul, outputs grouped", lambda **kw: nm_matmul(x, gate, **kw)),
-            ("matmul, inputs grouped", lambda **kw: nm_matmul(x, other, **kw)),
+            ("matmul, inputs grouped", lambda **kw: nm_matmul(wide, down, **kw)),
             ("ffn", lambda **kw: nm_ffn(x, gate, up, down, activation=SILU, residual=residual, **kw)),
         ]:
 
@@ -342,14 +343,11 @@ def tune_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array) -> dict[s
     """The fastest of a few tilings, for each kernel."""
     best = dict.fromkeys(PARTS, (float("inf"), block_triton.DEFAULT))
     for tokens, depth, warps, stages, group in [
-        (128, 64, 8, 3, 8), (128, 64, 8, 4, 8), (128, 64, 4, 4, 8), (256, 64, 8, 4, 8), (256, 64, 8, 3, 16),
-        (128, 128, 8, 3, 8), (256, 32, 8, 5, 8), (128, 32, 4, 5, 8), (128, 64, 4, 3, 16), (256, 128, 8, 2, 8),
+        (128, 64, 8, 3, 8), (128, 64, 8, 4, 8), (128, 64, 4, 4, 8), (128, 32, 4, 5, 8), (128, 64, 4, 3, 16),
     ]:  # fmt: skip
         tuning = block_triton.Tuning(tokens, depth, depth, group, warps, stages)
         row: dict[str, float] = {}
         for name, part in PARTS.items():
-            if name == "dw" and tokens == 256:  # reads the depth, the warps and the stages alone
-                continue
             call = functools.partial(part, interpret=run.args.interpret, tuning=tuning)
             taken = run.try_(f"{name} {tuning}", lambda: rounds(run, call, x, w, dy))
             if taken:

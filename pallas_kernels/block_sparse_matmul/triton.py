@@ -130,7 +130,7 @@ def block_products(
 
 
 def _dot(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
-    return plt.dot(a, b, precision="highest" if a.dtype == jnp.float32 else None, **kwargs)
+    return plt.dot(a, b, precision="highest" if a.dtype == jnp.float32 else "default", **kwargs)
 
 
 def _grouped(program: jax.Array, tiles: int, lines: int, group: int) -> tuple[jax.Array, jax.Array]:

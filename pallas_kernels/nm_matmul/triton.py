@@ -207,7 +207,7 @@ def _add(
     places = [range(k, k + spare + 1) for k in range(weight.n)]  # of each slot, as a group's indices rise
     tests = [{p: _test(p, of_slot, bits, field) for p in of_slot} for of_slot in places]
     if dot:
-        precision = "highest" if weight.dtype == jnp.float32 else None
+        precision = "highest" if weight.dtype == jnp.float32 else "default"
         for place in range(weight.m):
             tile = jnp.zeros_like(kept[0])
             for k in range(weight.n):
