@@ -26,6 +26,7 @@ from jsparse.config import (
     ModelSource,
     ProSparse,
     Relu,
+    Router,
     Silu,
 )
 from jsparse.hf import decilm
@@ -166,6 +167,23 @@ def test_pruning_and_thresholds_on_top() -> None:
     shares = evaluate(thresholds, config, np.asarray(IDS).reshape(-1), seq_len=12).sparsity
     dense = evaluate(params, CONFIG, np.asarray(IDS).reshape(-1), seq_len=12).sparsity
     assert all(a > b for a, b in zip(shares, dense, strict=True))
+
+
+def test_routers_on_top() -> None:
+    """A router a layer, over the layer's own blocks; all blocks in use compute what no router does."""
+    config = dataclasses.replace(CONFIG, router=Router(block_size=8))
+    params = random_params(config)
+    assert [layer["ffn"]["router"].shape for layer in params["layers"]] == [(32, 4), (32, 2), (32, 6)]
+    for layer in params["layers"]:
+        layer["ffn"]["router_threshold"] = jnp.zeros(())
+    plain = [
+        {**layer, "ffn": {k: x for k, x in layer["ffn"].items() if "router" not in k}} for layer in params["layers"]
+    ]
+    np.testing.assert_allclose(logits(params, config), logits(params | {"layers": plain}, CONFIG), atol=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"router\.block_size: expected a divisor of intermediate_size \(16\), got 32"
+    ):
+        dataclasses.replace(config, intermediate_size=64, router=Router(block_size=32))
 
 
 def test_training_on_top(tmp_path: Path) -> None:

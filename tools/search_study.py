@@ -32,7 +32,7 @@ from jsparse.methods.evolution import Evolution, evolve
 from jsparse.methods.importance import Fluctuation, Importance, Magnitude, Obs, RandomScore, Score, importance
 from jsparse.methods.repair import Admm, Bias, ClosedForm, Levels, Repair, repair, repair_levels
 from jsparse.methods.search import draw_texts
-from jsparse.methods.space import Budget, Ground, adaptive, depth_only, make_ground, make_space, uniform
+from jsparse.methods.space import Budget, Ground, SpaceConfig, adaptive, depth_only, make_ground, make_space, uniform
 from jsparse.methods.subnet import Genome, Sizes, compact, to_json, whole, zero_filled
 from jsparse.methods.supernet import make_supernet, scorer
 
@@ -123,6 +123,7 @@ class Study:
         pieces += [("baselines", at(self.baselines, keep)) for keep in self.args.keep]
         pieces += [("seeds", at(self.searched, full, self.args.epochs, seed)) for seed in range(1, self.args.seeds)]
         pieces += [("levels", at(self.levels, keep)) for keep in self.args.keep]
+        pieces += [("attention whole", at(self.attention_whole, keep)) for keep in self.args.keep]
         pieces += [("ablations", at(self.ablations, full))]
         for name, piece in pieces:
             if time.perf_counter() - self.began > self.args.seconds:
@@ -179,6 +180,15 @@ class Study:
         self.repaired("fluctuation + bias", keep, genome, method=Bias())
         self.repaired("fluctuation + repair", keep, genome)
         self.masked("depth", keep, depth_only(self.config, self.influence, Budget(keep)))
+
+    def attention_whole(self, keep: float) -> None:
+        """FFN widths and layers alone, the space that other runtimes load."""
+        space = make_space(self.config, keep, SpaceConfig(attention_low=1.0))
+        ground = make_ground(self.config, self.scores["obs"], Budget(keep), space)
+        self.repaired("attention whole, initial + repair", keep, uniform(ground))
+        survivors = evolve(uniform(ground), self.fitness, ground, self.evolution(self.args.epochs, 0)).parents
+        best = survivors[int(np.argmin(self.held([s.genome for s in survivors])))]
+        self.repaired("attention whole, search + repair", keep, best.genome)
 
     def ablations(self, keep: float) -> None:
         genome = uniform(self.ground(keep))
