@@ -34,7 +34,7 @@ class Output:
         self._interpret = interpret
 
     def add(self, tokens: Any, k: Any, y: jax.Array, mask: jax.Array | None = None) -> None:
-        """Adds y at [tokens, k], two slices; where the output is deterministic, every place takes one part."""
+        """Adds y at [tokens, k], slices or arrays; where the output is deterministic, every place takes one part."""
         if self._deterministic:
             plt.store(self._ref.at[self._program, tokens, k], y, mask=mask)
         elif self._interpret:  # one program after another, and no atomics with masks

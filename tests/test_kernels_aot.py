@@ -72,7 +72,7 @@ def test_in_shard_map_with_its_checks(target: str) -> None:
     x, weights, _ = shapes("smollm2", 2)
     router = jax.ShapeDtypeStruct((weights.gate.shape[0] // BLOCK, x.shape[1]), jnp.float32)
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-    op = functools.partial(block_sparse_ffn, activation=Activation("gelu"), block_size=BLOCK)
+    op = functools.partial(block_sparse_ffn, activation=Activation("silu"), block_size=BLOCK)
     run = jax.shard_map(
         lambda x, w, r: jax.lax.psum(op(x, w, r, implementation=backend(target)), "tensor"),
         mesh=mesh,

@@ -56,7 +56,7 @@ CASES = {
     "one token": Case(),
     "bfloat16, 16 tokens": Case(dtype=jnp.bfloat16, tokens=16, block=32),
     "float16": Case(dtype=jnp.float16, tokens=2, activation=RELU),
-    "five tokens": Case(tokens=5, active=0.2, activation=Activation("fatrelu", 0.5)),
+    "five tokens": Case(tokens=5, dtype=jnp.bfloat16, active=0.2, activation=Activation("fatrelu", 0.5)),
     "nothing active": Case(tokens=2, active=0.0),
     "all active": Case(tokens=3, active=1.0, residual=False),
     "odd sizes": Case(tokens=7, width=80, neurons=7 * 24, block=24, activation=RELU),

@@ -137,10 +137,9 @@ def _fma_kernel(
     if tuning.programs:
         (mask_ref,) = choice_refs
         blocks = mask_ref.shape[1]
-        size = pl.next_power_of_2(blocks)
-        lanes, block = pl.ds(0, size), jnp.arange(size)
-        real = (block < blocks)[None]
-        masks = [plt.load(mask_ref.at[pl.ds(b, 1), lanes], mask=real, other=0).reshape(-1) for b in range(tokens)]
+        block = jnp.arange(pl.next_power_of_2(blocks))
+        places = [(jnp.full_like(block, b), block) for b in range(tokens)]
+        masks = [plt.load(mask_ref.at[place], mask=block < blocks, other=0) for place in places]
         union = functools.reduce(jnp.maximum, masks)
         place = jnp.where(union > 0, jnp.cumsum(union) - 1, -1)  # among the active blocks
         x = shared.load_tokens(x_ref, chunks)
@@ -173,14 +172,16 @@ def _dot_kernel(
     tokens, width = x_ref.shape
     first = pl.program_id(0) * tuning.rows
     rows, block = pl.ds(first, tuning.rows), first // block_size
-    padded, real = pl.ds(0, 16), jnp.arange(16) < tokens  # a tensor core takes 16 tokens
+    padded = jnp.arange(16)  # a tensor core takes 16 tokens
+    real = padded < tokens
+    place = lambda k: (padded[:, None], (k.start + jnp.arange(k.size))[None])
     precision = "highest" if x_ref.dtype == jnp.float32 else None
     wanted = plt.load(mask_ref.at[padded, block], mask=real, other=0) > 0
 
     def load_x(k: Any) -> jax.Array:
         if tokens == 1:
             return jnp.broadcast_to(x_ref[0, k][None], (16, k.size))
-        return plt.load(x_ref.at[padded, k], mask=jnp.broadcast_to(real[:, None], (16, k.size)), other=0.0)
+        return plt.load(x_ref.at[place(k)], mask=jnp.broadcast_to(real[:, None], (16, k.size)), other=0.0)
 
     def products(k: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x = load_x(k)
@@ -200,7 +201,7 @@ def _dot_kernel(
             if tokens == 1:
                 out.add(pl.ds(0, 1), k, jnp.sum(y, axis=0)[None])  # the other rows are zero
             else:
-                out.add(padded, k, y, None if tokens == 16 else jnp.broadcast_to(real[:, None], y.shape))
+                out.add(*place(k), y, None if tokens == 16 else jnp.broadcast_to(real[:, None], y.shape))
 
         _over(width, tuning.down_chunk, add, None)
 
