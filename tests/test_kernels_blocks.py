@@ -15,9 +15,8 @@ from tests.aot import H100, TARGETS, compile_for
 from tests.kernels import BACKENDS, assert_close, random
 
 REFERENCE = {"implementation": "reference"}
-TPU = {"implementation": "mosaic_tpu", "interpret": True}
-KERNELS = BACKENDS | {"mosaic_tpu": TPU}
-every_backend = pytest.mark.parametrize("backend", KERNELS.values(), ids=KERNELS)
+TPU = BACKENDS["mosaic_tpu"]
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def value_and_gradients(x: jax.Array, weight: BlockSparse, dy: jax.Array, **back
 RUNS = [
     pytest.param(case, backend, id=f"{case_name}-{name}")
     for case_name, case in CASES.items()
-    for name, backend in KERNELS.items()
+    for name, backend in BACKENDS.items()
     if case.block == 128 or name != "mosaic_tpu"
 ]
 
