@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Activation, PackedFFN, Predictor, block_sparse_ffn, neuron_sparse_ffn, pack_ffn
@@ -250,6 +251,21 @@ def test_neuron_sparse_in_vmap_scan_and_shards(backend: dict[str, Any]) -> None:
         check_vma=not backend.get("interpret"),  # which Pallas's interpreters do not carry through
     )
     assert_close(jax.jit(sharded)(xs[0], weights, predictor), expected[0])
+
+
+@pytest.mark.parametrize("op", ["block", "exact", "predicted"])
+def test_no_races_on_a_tpu(op: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the TPU interpreter that follows copies and semaphores; it prints the races that it finds."""
+    case = Case(tokens=2, activation=RELU)
+    operands = case.x(), case.weights()
+    settings = {"implementation": "mosaic_tpu", "interpret": pltpu.InterpretParams(detect_races=True)}
+    if op == "block":
+        run = lambda **kw: block_ffn(case, *operands, mask=case.mask(), **kw)
+    else:
+        predictor = case.predictor() if op == "predicted" else None
+        run = lambda **kw: neuron_sparse_ffn(*operands, predictor, activation=RELU, **kw)
+    assert_close(run(**settings), run(implementation="reference"))
+    assert "RACE" not in capfd.readouterr().out.upper()
 
 
 # --------------------------------------------------------------------------------------------------------------------
