@@ -176,13 +176,11 @@ def test_routers_on_top() -> None:
     assert [layer["ffn"]["router"].shape for layer in params["layers"]] == [(32, 4), (32, 2), (32, 6)]
     for layer in params["layers"]:
         layer["ffn"]["router_threshold"] = jnp.zeros(())
-    plain = [
-        {**layer, "ffn": {k: x for k, x in layer["ffn"].items() if "router" not in k}} for layer in params["layers"]
-    ]
+    plain = [jax.tree.map(lambda x: x, layer) for layer in params["layers"]]
+    for layer in plain:
+        del layer["ffn"]["router"], layer["ffn"]["router_threshold"]
     np.testing.assert_allclose(logits(params, config), logits(params | {"layers": plain}, CONFIG), atol=1e-5)
-    with pytest.raises(
-        ConfigError, match=r"router\.block_size: expected a divisor of intermediate_size \(16\), got 32"
-    ):
+    with pytest.raises(ConfigError, match=r"router\.block_size: expected a divisor of .* \(16\), got 32"):
         dataclasses.replace(config, intermediate_size=64, router=Router(block_size=32))
 
 

@@ -192,10 +192,12 @@ class Study:
 
     def ablations(self, keep: float) -> None:
         genome = uniform(self.ground(keep))
-        for method in (Admm(), Admm(normalise=False), ClosedForm(1e-3), ClosedForm(1e-2), ClosedForm(0.3)):
-            self.repaired(f"initial + {method}", keep, genome, method=method)
+        methods: dict[str, Repair] = {"admm": Admm(), "admm on raw X X^T": Admm(normalise=False)}
+        methods |= {f"damp {damp:g}": ClosedForm(damp) for damp in (1e-3, 1e-2, 0.3)}
+        for name, method in methods.items():
+            self.repaired(f"initial + repair, {name}", keep, genome, method=method)
         for name in ("obs, terms normalised", "obs, output terms"):
-            self.repaired(f"initial by {name} + repair", keep, uniform(self.ground(keep, name)))
+            self.repaired(f"initial + repair, {name}", keep, uniform(self.ground(keep, name)))
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,8 @@ def score(net: Supernet, genomes: Genome, config: LlamaConfig, together: int = 1
         losses = _losses(x, net.states, model.head(params), net.tokens[:, 1:])
         return jnp.sum(losses, where=net.counted) / (jnp.sum(net.counted, dtype=jnp.float32) * x.shape[1])
 
-    return constrain(jax.lax.map(one, genomes, batch_size=together), None)
+    size = together if together > 1 else None  # one by one without a batch axis of 1
+    return constrain(jax.lax.map(one, genomes, batch_size=size), None)
 
 
 def scorer(
