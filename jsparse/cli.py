@@ -170,17 +170,21 @@ class Generate:
     seed: int = 0
     # how FFNs are computed: whole, by the best kernel that skips what is not used, or by a named one; auto: the faster
     implementation: Literal["auto", "dense", "sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"] = "auto"
+    predictor: bool = False  # let the folder's predictor choose the neurons (`jsparse predict`): approximate
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
 
     def run(self) -> None:
-        from jsparse.inference import Sampling, generate
+        from jsparse.inference import Sampling, generate, pack
+        from jsparse.methods import predictor
 
         out = _result_path(self.result, "generate", self.model)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         tokenizer = _tokenizer(self.model)
         prompts = [tokenizer(text).input_ids for text in self.prompt]
         with _model(self.model, self.compute) as (config, params):
+            if self.predictor:
+                params = pack(params, config, predictor.load(self.model, config, self.compute.dtype))
             stream = _Stream(tokenizer, self.prompt[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
             found = generate(params, config, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling,
                              seed=self.seed, on_token=stream, implementation=self.implementation)  # fmt: skip
@@ -691,6 +695,74 @@ def _write_measurements(path: Path, what: str, command: Any, values: dict[str, A
                        "settings": dataclasses.asdict(command)} | values)  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Predict:
+    """Train predictors of a ReLU model's active neurons, and put them into its folder.
+
+    Prints recall, predicted sparsity and the perplexity with the predictors on, for each recall asked for; the last one
+    is kept. predictor.json holds the whole curve.
+    """
+
+    model: Positional[str]  # model folder
+    data: str  # text, JSONL, Parquet, token store or `datasets` name
+    held_out: int = 16  # windows of the text to measure on, its last ones
+    split: str = "train"  # of a `datasets` name
+    rank: int = 1024
+    steps: int = 1000
+    seq_len: int = 512  # tokens of a window
+    batch_size: int = 2  # windows a step
+    lr: float = 1e-3
+    negatives: float = 0.005  # larger: fewer neurons are predicted, with a lower recall
+    recall: tuple[float, ...] = (0.99, 0.95, 0.9)  # of every layer
+    powerinfer: str | None = None  # a new folder, for PowerInfer's converter
+    seed: int = 0
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
+    overwrite: bool = False
+
+    def run(self) -> None:
+        from jsparse.inference import pack
+        from jsparse.inference.perplexity import evaluate, predicted_perplexity
+        from jsparse.methods import predictor
+
+        target = Path(self.model) / predictor.FILE
+        check(self.overwrite or not target.exists(), "model", f"one without {predictor.FILE} (or --overwrite)",
+              self.model)  # fmt: skip
+        check(len(self.recall) > 0 and self.held_out > 0, "--recall, --held-out", "at least one each", self.recall)
+        check(self.powerinfer is None or not Path(self.powerinfer).exists(), "--powerinfer", "a new folder",
+              self.powerinfer)  # fmt: skip
+        with _model(self.model, self.compute) as (config, params):
+            tokens = _tokens(self.data, self.split, self.model, config.vocab_size, None)
+            count = len(tokens) // self.seq_len
+            check(count > self.held_out, "--data", f"more than {self.held_out} windows of {self.seq_len} tokens", count)
+            windows = tokens[: count * self.seq_len].reshape(count, self.seq_len)
+            made = predictor.train(params, config, windows[: -self.held_out], rank=self.rank, steps=self.steps,
+                                   batch_size=self.batch_size, lr=self.lr, negatives=self.negatives, seed=self.seed,
+                                   progress=_progress("steps"))  # fmt: skip
+            measured = predictor.curve(made, params, config, windows[-self.held_out :])
+            held_out = windows[-self.held_out :].reshape(-1)
+            exact = evaluate(params, config, held_out, seq_len=self.seq_len).perplexity
+            print(f"active: {measured.active.mean():.2%} of the neurons; perplexity {exact:.3f}")
+            rows = []
+            for recall in self.recall:
+                chosen, index = predictor.choose(made, measured, recall)
+                layers = range(len(index))
+                found = {"wanted": recall, "recall": float(measured.recall[layers, index].mean()),
+                         "precision": float(measured.precision[layers, index].mean()),
+                         "sparsity": float(measured.sparsity[layers, index].mean()),
+                         "perplexity": predicted_perplexity(pack(params, config, chosen), config, held_out,
+                                                            seq_len=self.seq_len)}  # fmt: skip
+                rows.append(found)
+                print(f"recall {found['recall']:.2%}  precision {found['precision']:.2%}  predicted sparsity "
+                      f"{found['sparsity']:.2%}  perplexity {found['perplexity']:.3f}", flush=True)  # fmt: skip
+            predictor.save(self.model, chosen)
+            if self.powerinfer:
+                predictor.powerinfer(self.powerinfer, made, params)
+        whole = {name: getattr(measured, name).tolist() for name in ("threshold", "recall", "precision", "sparsity")}
+        _write_json(target.with_suffix(".json"), {"command": "predict", "settings": dataclasses.asdict(self),
+                                                  "perplexity": exact, "active": measured.active.tolist(),
+                                                  "chosen": rows, "curve": whole})  # fmt: skip
+
+
 COMMANDS = {
     "train": Train,
     "export": Export,
@@ -698,6 +770,7 @@ COMMANDS = {
     "eval": Eval,
     "generate": Generate,
     "threshold": Threshold,
+    "predict": Predict,
     "prune": Prune,
     "search": Search,
     "compare": Compare,

@@ -1,6 +1,7 @@
 """Every command end to end on a small model, and what it answers to bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -80,6 +81,22 @@ def test_generate(home, capsys):
     texts = json.loads((home / "g.json").read_text())["texts"]
     assert [t["prompt"] for t in texts] == ["It was", "the age"] and all(len(t["tokens"]) <= 5 for t in texts)
     assert "It was" + texts[0]["text"] in capsys.readouterr().out
+
+
+def test_predict_then_generate(home, capsys):
+    shared = ["--data", "text.txt", "--seq-len", "32", "--held-out", "2", "--rank", "8", "--steps", "3"]
+    shutil.copytree(home / "model", home / "relu")
+    code, error = answer(capsys, "generate", "relu", "--prompt", "It", "--predictor")
+    assert code == 2 and "jsparse predict makes it" in error
+    assert run(["predict", "relu", *shared, "--recall", "0.9", "0.5", "--powerinfer", "powerinfer"]) == 0
+    values = json.loads((home / "relu" / "predictor.json").read_text())
+    assert [row["wanted"] for row in values["chosen"]] == [0.9, 0.5] and len(values["curve"]["recall"]) == 2
+    assert {p.name for p in (home / "powerinfer").iterdir()} == {"config.json", "model_0.pt", "model_1.pt"}
+    code, error = answer(capsys, "predict", "relu", *shared)
+    assert code == 2 and "--overwrite" in error
+    generated = ["generate", "relu", "--prompt", "It", "--max-new-tokens", "4", "--json", "predicted.json"]
+    assert run([*generated, "--predictor", "--implementation", "xla"]) == 0
+    assert json.loads((home / "predicted.json").read_text())["implementation"] == "xla"
 
 
 def test_threshold_by_either_criterion(home):

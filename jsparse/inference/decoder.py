@@ -148,11 +148,14 @@ def _outputs_first(matrix: jax.Array) -> jax.Array:
 
 
 def trunk(
-    decoder: Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache
+    decoder: Decoder, tokens: jax.Array, config: LlamaConfig, cache: Cache, predicted: bool = False
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
     """Hidden states of a prompt, tokens int32 [B, T], which go to the cache's next T slots; dense.
 
     What `jsparse.model.trunk` computes of the unpacked parameters, with the residual stream in float32.
+
+    Args:
+        predicted: lets the predictors decide, as steps of decoding do; to see what that costs.
 
     Returns:
         [B, T, D] in the parameters' dtype after the final norm; the cache after these tokens; and, where steps of
@@ -164,7 +167,7 @@ def trunk(
     real = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] >= cache.start[:, None]  # not padding
     caches, shares = [], []
     for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
-        x, layer_cache, share = _layer_of_trunk(layer, x, layer_cache, place, real, config, shape, kind)
+        x, layer_cache, share = _layer_of_trunk(layer, x, layer_cache, place, real, config, shape, kind, predicted)
         caches.append(layer_cache)
         shares.append(share)
     x = rms_norm(x, decoder.norm, config.rms_norm_eps).astype(decoder.embed.dtype)
@@ -173,7 +176,7 @@ def trunk(
 
 
 # A function of its own under jit, so that layers of one shape are traced and lowered once; XLA puts it in place.
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _layer_of_trunk(
     layer: Layer,
     x: jax.Array,
@@ -183,6 +186,7 @@ def _layer_of_trunk(
     config: LlamaConfig,
     shape: LayerShape,
     kind: Kind | None,
+    predicted: bool,
 ) -> tuple[jax.Array, LayerCache, Any]:
     """The residual stream after a layer, its cache, and the share that the last tokens used of it."""
     dtype, share = layer.attention.qkv.dtype, None
@@ -194,7 +198,7 @@ def _layer_of_trunk(
         normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
         if kind is not None:
             share = used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:])
-        return x + dense_ffn(layer.ffn, normed, config), layer_cache, share
+        return x + dense_ffn(layer.ffn, normed, config, predicted), layer_cache, share
 
 
 def step(
@@ -369,14 +373,16 @@ def whole_ffn(
                             implementation=rest, interpret=_interpreted())  # fmt: skip
 
 
-def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
-    """FFN(x) with every neuron computed: x [..., D] -> float32 [..., D]."""
+def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig, predicted: bool = False) -> jax.Array:
+    """FFN(x) with every neuron computed, those that a predictor leaves out in vain: x [..., D] -> float32 [..., D]."""
     hidden = _gate(ffn, x, config) * _add(_product(x, ffn.weights.up), ffn.up_bias).astype(x.dtype)
     if ffn.cutoff is not None:
         kept = jnp.abs(hidden).astype(jnp.float32) >= _along(ffn.cutoff, hidden)
         hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
     if config.router is not None:
         hidden = routing.scale(hidden, _factors(ffn, x, hidden, config), config.router.block_size)
+    if predicted:
+        hidden = jnp.where(_predicted(ffn, x), hidden, jnp.zeros((), hidden.dtype))
     y = jnp.einsum("...F,FD->...D", hidden, ffn.weights.down, preferred_element_type=jnp.float32)
     return _add(y, ffn.down_bias)
 
@@ -399,10 +405,15 @@ def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind, real: ja
         case "neurons":
             used = _gate(ffn, x, config) != 0
         case "predicted":
-            used = predicted_neurons(x.reshape(-1, x.shape[-1]), ffn.predictor).reshape(*x.shape[:2], -1)
+            used = _predicted(ffn, x)
     used = jnp.any(used & real[..., None], axis=0)
     steps = jnp.sum(jnp.any(real, axis=0), dtype=jnp.float32)
     return jnp.sum(used, dtype=jnp.float32) / (steps * used.shape[-1])
+
+
+def _predicted(ffn: Ffn, x: jax.Array) -> jax.Array:
+    """The neurons that the layer's predictor names: x [..., D] -> bool [..., F]."""
+    return predicted_neurons(x.reshape(-1, x.shape[-1]), ffn.predictor).reshape(*x.shape[:-1], -1)
 
 
 def _gate(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jsparse.config import LlamaConfig, with_threshold
+from jsparse.inference import decoder
+from jsparse.inference.decoder import Decoder
 from jsparse.inference.windows import Batch, Windows, by_chunks, exp, nll, replicated
 from jsparse.model import FFNTrace, Params, logits, trunk
 
@@ -93,6 +95,30 @@ def evaluate(
         block_sparsity=tuple(off * size / f for (off, _), f in zip(per_token, neurons, strict=False)),
         no_block=tuple(none for _, none in per_token),
     )
+
+
+def predicted_perplexity(
+    packed: Decoder, config: LlamaConfig, tokens: ArrayLike, *, seq_len: int = 2048, bos: int | None = None
+) -> float:
+    """Perplexity of a text with a decoder's predictors on, by the windows of `evaluate`."""
+    windows, total, counted = Windows(tokens, config, seq_len, None, bos), 0.0, 0
+    for _, batch in windows.batches(1):
+        total += float(_predicted_nll(packed, batch, config))
+        counted += int(batch.counted.sum())
+    return exp(total / counted)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _predicted_nll(packed: Decoder, batch: Batch, config: LlamaConfig) -> jax.Array:
+    inputs, targets, counted = batch
+    cache = decoder.empty_cache(packed, inputs.shape[0], inputs.shape[1], jnp.zeros(inputs.shape[0], jnp.int32), config)
+    x, _, _ = decoder.trunk(packed, inputs, config, cache, predicted=True)
+
+    def losses(x: jax.Array, targets: jax.Array) -> jax.Array:
+        scores = decoder.logits(x.reshape(-1, x.shape[-1]), packed)
+        return nll(scores, targets.reshape(-1)).reshape(targets.shape)
+
+    return jnp.sum(by_chunks(losses, x, targets), where=counted)
 
 
 class Measurement(NamedTuple):
