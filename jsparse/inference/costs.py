@@ -28,10 +28,10 @@ class Line:
 
 # By what is computed, then by the rows of the batch (a batch takes the next larger entry). H100 80GB HBM3.
 LINES: dict[Kind | Literal["dense"], dict[int, Line]] = {
-    "dense": {1: Line(10.0, 2.9e6), 16: Line(10.0, 2.9e6)},
-    "blocks": {1: Line(15.0, 2.85e6), 4: Line(20.0, 2.6e6)},
-    "neurons": {1: Line(20.0, 2.6e6)},
-    "predicted": {1: Line(20.0, 2.6e6)},
+    "dense": {1: Line(15.9, 3.36e6)},
+    "blocks": {1: Line(14.0, 3.36e6)},
+    "neurons": {1: Line(12.8, 3.02e6)},
+    "predicted": {1: Line(14.0, 3.36e6)},
 }
 
 
