@@ -269,7 +269,7 @@ def training(run: Run, inputs: int, outputs: int) -> None:
     )
     dense = run.try_("dense", lambda: rounds(run, gradients(lambda x, w: x @ w), x, w, dy))
     for size in run.args.block:
-        tunings = dict.fromkeys(PARTS, block_triton.DEFAULT)
+        tunings = dict.fromkeys(PARTS, block_triton.default_tuning(jnp.bfloat16))
         for sparsity in sorted(run.args.sparsities, key=lambda s: abs(s - 0.5)):
             mask = np.random.default_rng(0).random((inputs // size, outputs // size)) >= sparsity
             packed = pack_blocks(w, mask)
@@ -341,7 +341,7 @@ def rounds(run: Run, f: Callable[..., Any], x: jax.Array, w: Any, dy: jax.Array)
 
 def tune_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array) -> dict[str, block_triton.Tuning]:
     """The fastest of a few tilings, for each kernel."""
-    best = dict.fromkeys(PARTS, (float("inf"), block_triton.DEFAULT))
+    best = dict.fromkeys(PARTS, (float("inf"), block_triton.default_tuning(jnp.bfloat16)))
     for tokens, depth, warps, stages, group in [
         (128, 64, 8, 3, 8), (128, 64, 8, 4, 8), (128, 64, 4, 4, 8), (128, 32, 4, 5, 8), (128, 64, 4, 3, 16),
     ]:  # fmt: skip
