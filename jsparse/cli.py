@@ -148,8 +148,9 @@ class Eval:
         _print_table(report.summary_table([values | {"name": Path(self.model).name}]))
         if any(found.sparsity):
             print("sparsity by layer, %: " + " ".join(f"{100 * s:.0f}" for s in found.sparsity))
-        if any(row.zeros for row in rows):
-            made = _by_kind([(row.name, row.pattern or "no N:M") for row in rows if row.zeros])
+        pruned = [row for row in rows if row.zeros > 0.01 * row.weights]  # quantised weights have some by chance
+        if pruned:
+            made = _by_kind([(row.name, row.pattern or "no N:M") for row in pruned])
             print(f"zeros: {mlp:.2%} of the MLP's weights, {whole:.2%} of the model's; {made}")
         print(f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len}, stride {found.stride}, "
               f"{'no BOS' if found.bos is None else f'BOS {found.bos} before each'}")  # fmt: skip
