@@ -23,7 +23,7 @@ def attention_case(rows, slots, heads, kv_heads, head_dim, length, dtype=jnp.flo
             random(2, *cache, dtype=dtype), jnp.cos(angles), jnp.sin(angles), start, jnp.int32(length))  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "triton"])
 @pytest.mark.parametrize("shape", ATTENTION)
 def test_attention(shape, backend):
     case = attention_case(*shape)
@@ -33,14 +33,14 @@ def test_attention(shape, backend):
     assert np.flatnonzero(changed).tolist() == [shape[-1]]  # the new token's slot alone
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "triton"])
 def test_attention_in_half_precision(backend):
     case = attention_case(2, 256, 4, 2, 32, 200, dtype=jnp.bfloat16)
     expected = decode_attention(*case, implementation="reference")
     assert_close(decode_attention(*case, **BACKENDS[backend]), expected, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "triton"])
 def test_attention_sees_what_it_should(backend):
     """Slots before a row's start and after the new token hold huge numbers, and nothing of them comes out."""
     qkv, keys, values, cos, sin, _, length = attention_case(2, 64, 2, 2, 32, 40)
@@ -70,7 +70,7 @@ def test_attention_refuses():
         decode_attention(*attention_case(1, 32, 4, 2, 48, 3), implementation="triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "triton"])
 @pytest.mark.parametrize(("rows", "width"), [(1, 128), (3, 96), (2, 1100)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norm(rows, width, dtype, backend):
@@ -94,7 +94,7 @@ def test_norm_refuses():
         add_rms_norm(random(0, 1, 20000), random(1, 20000), 1e-5, jnp.float32, implementation="triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "triton"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 64, 40), (3, 2144, 12), (4, 48, 7)])
 def test_product(tokens, inputs, outputs, dtype, backend):
