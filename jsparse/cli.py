@@ -183,7 +183,7 @@ class Generate:
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         tokenizer = _tokenizer(self.model)
         prompts = [tokenizer(text).input_ids for text in self.prompt]
-        with _model(self.model, self.compute) as (config, params):
+        with _model(self.model, self.compute, packed=True) as (config, params):
             if self.predictor:
                 params = pack(params, config, predictor.load(self.model, config, self.compute.dtype))
             stream = _Stream(tokenizer, self.prompt[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
@@ -849,15 +849,16 @@ def _recipe_help() -> str:
 
 
 @contextlib.contextmanager
-def _model(path: str, compute: Compute) -> Iterator[tuple[Any, Any]]:
-    """A model folder's config and parameters, with the mesh they are on in context."""
+def _model(path: str, compute: Compute, packed: bool = False) -> Iterator[tuple[Any, Any]]:
+    """A model folder's config and parameters, with the mesh they are on in context. `packed`: N:M matrices stay packed
+    where one device holds the model."""
     import jax
 
     from jsparse import hf, parallel
 
     mesh = parallel.make_mesh(MeshConfig(*compute.mesh))
     with jax.set_mesh(mesh):
-        yield hf.load(path, dtype=compute.dtype, mesh=mesh)
+        yield hf.load(path, dtype=compute.dtype, mesh=mesh, packed=packed and mesh.size == 1)
 
 
 def _tokenizer(model: str) -> Any:

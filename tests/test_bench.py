@@ -71,11 +71,12 @@ def test_nothing_is_zeros_and_layers_differ():
 
 def test_decode_variants():
     told: list[str] = []
-    variants = ("LTE 80 %", "dense, XLA", "dense", "ProSparse 89 %, exact", "ProSparse 89 %, predicted")
+    variants = ("2:4", "LTE 80 %", "dense, XLA", "dense", "ProSparse 89 %, exact", "ProSparse 89 %, predicted")
     found = decode.bench_decode(SHAPE, SPEED, variants=variants, batch=2, context=8, steps=3, repeats=1, rank=64,
                                 dtype="float32", budget=Budget(1e6), tell=told.append)  # fmt: skip
     by_name = {row.name: row for row in found}
-    assert by_name.keys() == set(variants) and len(found) == len(told) == 5, told
+    assert by_name.keys() == set(variants) and len(found) == len(told) == 6, told
+    assert by_name["2:4"].bytes == pytest.approx(by_name["dense"].bytes - 2 * 3 * 256 * 64 * (4 - 2 - 1 / 8), rel=1e-6)
     dense = by_name["dense"]
     attention = 64 * (64 + 2 * 32) + 64 * 64
     cached = 2 * (8 + 3 / 2) * 2 * 32

@@ -10,6 +10,7 @@ import pytest
 from jsparse import model
 from jsparse.config import Cats, Cett, ConfigError, FatRelu, Gelu, Relu, Router, ShiftedRelu, Silu
 from jsparse.inference import costs, decoder, generate, pack
+from jsparse.methods.packing import pack_params
 from pallas_kernels.neuron_sparse_ffn import Predictor
 from tests.helpers import random_params, tiny_config
 
@@ -82,6 +83,22 @@ def test_skipping_gives_the_tokens_of_the_masked_dense_model(config, implementat
     sparse = generate(packed, config, PROMPTS, max_new_tokens=12, implementation=implementation)
     assert sparse.tokens == dense.tokens and sparse.implementation == implementation
     assert len({token for text in dense.tokens for token in text}) > 4  # not one token over and over
+
+
+def test_packed_matrices_give_the_tokens_of_the_dense_ones():
+    config = tiny_config(eos_token_id=None)
+    params = made(config)
+    for name, axis in (("gate", 2), ("up", 2), ("down", 1)):  # 2:4 along the neurons, as DaSS prunes
+        keep = np.arange(48) % 4 < 2
+        shape = [1, 1, 1]
+        shape[axis] = 48
+        params["layers"]["ffn"][name] = jnp.where(keep.reshape(shape), params["layers"]["ffn"][name], 0.0)
+    packed = pack(pack_params(params), config)
+    assert decoder.sparse_kind(packed, config) == "packed"
+    assert sum(x.nbytes for x in jax.tree.leaves(packed)) < sum(x.nbytes for x in jax.tree.leaves(pack(params, config)))
+    dense = generate(pack(params, config), config, PROMPTS, max_new_tokens=8)
+    found = generate(packed, config, PROMPTS, max_new_tokens=8)
+    assert found.tokens == dense.tokens and found.implementation == "sparse"
 
 
 def test_stacked_and_unstacked_layers_pack_alike():

@@ -27,6 +27,7 @@ from jsparse.inference.decoder import (
     Ffn,
     Implementation,
     Layer,
+    NMFfn,
     empty_cache,
     sparse_kind,
     used_share,
@@ -35,6 +36,7 @@ from jsparse.inference.generate import Choice, State, _decode, bucket
 from jsparse.model import Cache
 from pallas_kernels.ffn import PackedFFN
 from pallas_kernels.neuron_sparse_ffn import Predictor
+from pallas_kernels.nm_matmul import PackedNM, pack
 
 DEVIATION = 0.02  # of every matrix, as in LLaMA's initialisation
 
@@ -43,7 +45,7 @@ DEVIATION = 0.02  # of every matrix, as in LLaMA's initialisation
 class Variant:
     """A model to decode with: what it leaves out, how much of it, and how its steps are compiled."""
 
-    leaves_out: str | None = None  # blocks, neurons or predicted
+    leaves_out: str | None = None  # blocks, neurons, predicted or packed
     sparsity: float = 0.0  # of each token
     rest: Any = None  # kernels of all but sparse FFNs: the best there are, or "xla", which tunes its own
     compiler: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -55,6 +57,7 @@ VARIANTS = {
     "LTE 80 %": Variant("blocks", 0.8),
     "ProSparse 89 %, exact": Variant("neurons", 0.8932),
     "ProSparse 89 %, predicted": Variant("predicted", 0.8932),
+    "2:4": Variant("packed", 0.5),
     "LTE 50 %, one graph": Variant("blocks", 0.5, compiler=ONE_GRAPH),
     "dense, XLA": Variant(rest="xla"),
     "dense, cuBLAS": Variant(rest="xla", compiler=CUBLAS),
@@ -229,7 +232,20 @@ def _variant(dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int) ->
                 return {"predictor": Predictor(down, up, threshold)}
 
             return with_ffn(predictor), dataclasses.replace(shape, activation=FatRelu(score * quantile))
+        case "packed":
+            axes = ("output", "output", "input")
+            ffns = [Ffn(NMFfn(*map(_two_of_four, layer.ffn.weights, axes))) for layer in dense.layers]
+            layers = [layer._replace(ffn=ffn) for layer, ffn in zip(dense.layers, ffns, strict=True)]
+            return dense._replace(layers=tuple(layers)), shape
     return dense, shape
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _two_of_four(matrix: jax.Array, axis: Any) -> PackedNM:
+    """A neuron-major matrix [F, D] of which two of each four neurons' weights are left, as DaSS prunes: packed."""
+    kept = jnp.arange(matrix.shape[0])[:, None] % 4 < 2
+    left = jnp.where(kept, matrix, jnp.zeros((), matrix.dtype))
+    return pack(left.T if axis == "output" else left, 2, 4, axis)
 
 
 def _share(decoder: Decoder, config: LlamaConfig, batch: int) -> float:

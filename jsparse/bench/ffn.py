@@ -304,6 +304,7 @@ def _with_sparsity(ffn: Ffn, x: jax.Array, common: jax.Array, sparsity: Any, kin
             hidden = jax.nn.relu(product(rows, down)).astype(up.dtype)
             level = jnp.full_like(threshold, cut(product(hidden, up)))
             return ffn._replace(predictor=ffn.predictor._replace(threshold=level))
+    raise ValueError(f"{kind}: has no threshold that sets a sparsity")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))

@@ -41,6 +41,8 @@ def choose(decoder: Decoder, config: LlamaConfig, batch: int, shares: np.ndarray
     Dense where it is not known: on other devices than GPUs, and for larger batches than were measured.
     """
     kind = sparse_kind(decoder, config)
+    if kind == "packed":
+        return "sparse"  # what is dense would have to be unpacked at every step
     if kind is None or shares is None or jax.default_backend() != "gpu":
         return "dense"
     dense, sparse = _line("dense", batch), _line(kind, batch)
@@ -57,6 +59,8 @@ def bytes_read(ffn: Ffn, kind: Kind, share: float) -> float:
     """Bytes of the weights that a step reads which uses a share of the blocks or neurons of one layer."""
     matrices = _nbytes(ffn.weights)
     match kind:
+        case "packed":
+            return matrices
         case "blocks":
             return share * matrices + _nbytes(ffn.router)
         case "neurons":

@@ -19,6 +19,7 @@ What a decoder can skip depends on its model:
     neurons     the gate's activation is zero for most neurons: the gate is computed whole, up and down only where it
                 is not zero (ReLU, FATReLU, CETT, CATS; exact)
     predicted   a predictor names the neurons, and the gate is skipped too (approximate)
+    packed      N:M weights (`jsparse.methods.packing`) leave out their zeros; every step reads the same
 """
 
 import functools
@@ -41,8 +42,9 @@ from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
 from pallas_kernels.matvec import matvec
 from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
 from pallas_kernels.neuron_sparse_ffn.reference import predicted_neurons
+from pallas_kernels.nm_matmul import PackedNM, nm_ffn, unpack
 
-Kind = Literal["blocks", "neurons", "predicted"]
+Kind = Literal["blocks", "neurons", "predicted", "packed"]
 # How an FFN of one token a row is computed: whole, by the best kernel there is, or by a named one
 Implementation = Literal["dense", "sparse", "reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"]
 
@@ -54,10 +56,18 @@ class Attention(NamedTuple):
     output_bias: jax.Array | None  # [D]
 
 
+class NMFfn(NamedTuple):
+    """The matrices of an FFN in packed N:M form."""
+
+    gate: PackedNM  # [D, F]
+    up: PackedNM  # [D, F]
+    down: PackedNM  # [F, D]
+
+
 class Ffn(NamedTuple):
     """An FFN, and what its model may have beside the three matrices: None where it has not."""
 
-    weights: PackedFFN  # gate, up and down, [F, D] each
+    weights: Any  # PackedFFN: gate, up and down, [F, D] each; or NMFfn
     gate_bias: Any = None  # [F]
     up_bias: Any = None
     down_bias: Any = None  # [D]
@@ -126,7 +136,7 @@ def _pack_layer(layer: Params) -> Layer:
         ),
         ffn_norm=layer["ffn_norm"]["scale"],
         ffn=Ffn(
-            weights=pack_ffn(ffn["gate"], ffn["up"], ffn["down"]),
+            weights=_ffn_weights(ffn["gate"], ffn["up"], ffn["down"]),
             gate_bias=ffn.get("gate_bias"),
             up_bias=ffn.get("up_bias"),
             down_bias=ffn.get("down_bias"),
@@ -135,6 +145,13 @@ def _pack_layer(layer: Params) -> Layer:
             router_threshold=ffn.get("router_threshold"),
         ),
     )
+
+
+def _ffn_weights(gate: Any, up: Any, down: Any) -> PackedFFN | NMFfn:
+    """Packed N:M where all three are, gate and up alike; otherwise what is packed of them comes out dense."""
+    if all(isinstance(w, PackedNM) for w in (gate, up, down)) and gate.axis == up.axis and gate.m == up.m:
+        return NMFfn(gate, up, down)
+    return pack_ffn(*(unpack(w) if isinstance(w, PackedNM) else w for w in (gate, up, down)))
 
 
 def _outputs_first(matrix: jax.Array) -> jax.Array:
@@ -328,6 +345,8 @@ def sparse_kind(decoder: Decoder, config: LlamaConfig) -> Kind | None:
     activation = _kernel_activation(config.activation)
     if activation is None or ffn.gate_bias is not None:
         return None
+    if isinstance(ffn.weights, NMFfn):
+        return "packed" if config.router is None and ffn.cutoff is None and ffn.predictor is None else None
     if config.router is not None:
         return "blocks" if config.router.mode == "hard" and ffn.cutoff is None else None
     if ffn.predictor is not None:
@@ -345,6 +364,8 @@ def sparse_ffn(
         "implementation": None if implementation == "sparse" else implementation,
         "interpret": _interpreted(),
     }
+    if isinstance(ffn.weights, NMFfn):
+        return nm_ffn(x, *ffn.weights, **shared)
     if config.router is not None:
         return block_sparse_ffn(x, ffn.weights, ffn.router, ffn.router_threshold,
                                 block_size=config.router.block_size, **shared)  # fmt: skip
@@ -356,7 +377,9 @@ FEW = 4  # rows up to which a kernel that streams weights past them beats XLA's 
 
 def _streams(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> bool:
     """Whether `whole_ffn` is the faster dense FFN, and knows this one."""
-    plain = config.router is None and ffn.gate_bias is None and ffn.cutoff is None
+    plain = (
+        isinstance(ffn.weights, PackedFFN) and config.router is None and ffn.gate_bias is None and ffn.cutoff is None
+    )
     return plain and x.shape[0] <= FEW and _kernel_activation(config.activation) is not None
 
 
@@ -374,7 +397,9 @@ def whole_ffn(
 
 
 def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig, predicted: bool = False) -> jax.Array:
-    """FFN(x) with every neuron computed, those that a predictor leaves out in vain: x [..., D] -> float32 [..., D]."""
+    """FFN(x) with every neuron computed, those of no use in vain: x [..., D] -> float32 [..., D]."""
+    if isinstance(ffn.weights, NMFfn):
+        ffn = ffn._replace(weights=pack_ffn(*map(unpack, ffn.weights)))
     hidden = _gate(ffn, x, config) * _add(_product(x, ffn.weights.up), ffn.up_bias).astype(x.dtype)
     if ffn.cutoff is not None:
         kept = jnp.abs(hidden).astype(jnp.float32) >= _along(ffn.cutoff, hidden)
@@ -400,6 +425,8 @@ def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind, real: ja
         real: bool [B, T], tokens that count.
     """
     match kind:
+        case "packed":
+            return jnp.float32(1)
         case "blocks":
             used = _factors(ffn, x, None, config) > 0
         case "neurons":
