@@ -148,6 +148,9 @@ class Eval:
         _print_table(report.summary_table([values | {"name": Path(self.model).name}]))
         if any(found.sparsity):
             print("sparsity by layer, %: " + " ".join(f"{100 * s:.0f}" for s in found.sparsity))
+        if found.block_sparsity:
+            print("blocks left out by layer, %: " + " ".join(f"{100 * s:.0f}" for s in found.block_sparsity))
+            print(f"tokens without a block in some layer, %: up to {100 * max(found.no_block):.2f}")
         pruned = [row for row in rows if row.zeros > 0.01 * row.weights]  # quantised weights have some by chance
         if pruned:
             made = _by_kind([(row.name, row.pattern or "no N:M") for row in pruned])

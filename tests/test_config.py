@@ -87,6 +87,7 @@ FITTING: dict[tuple[type, str], st.SearchStrategy[Any]] = {
     (LlamaConfig, "num_attention_heads"): st.sampled_from([6, 12]),
     (LlamaConfig, "num_key_value_heads"): st.sampled_from([1, 2, 3]),
     (LlamaConfig, "head_dim"): st.just(4),
+    (LlamaConfig, "layers"): st.none(),
     (Router, "block_size"): st.just(1),
     (LongRope, "short_factor"): st.tuples(SHARE, SHARE),
     (LongRope, "long_factor"): st.tuples(SHARE, SHARE),

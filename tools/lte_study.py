@@ -295,7 +295,9 @@ def line(row: dict[str, Any]) -> str:
         off = found["block_sparsity"]
         share = f" at {np.mean(off):.1%} ({min(off):.0%} to {max(off):.0%})" if off else ""
         cells.append(f"{text} {found['perplexity']:.3f}{share}")
-    return f"{row['name']:28} {row.get('target', ''):5} {'; '.join(cells)}  [{row['at']:.0f} s]"
+    skipped = row["metrics"]["skipped"][-1] if "metrics" in row else 0
+    notes = f"  {skipped:.0f} steps not finite" if skipped else ""
+    return f"{row['name']:28} {row.get('target', ''):5} {'; '.join(cells)}{notes}  [{row['at']:.0f} s]"
 
 
 def say(text: str) -> None:
