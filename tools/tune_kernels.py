@@ -78,20 +78,19 @@ def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning]:
 
 def mosaic_tunings(tokens: int) -> Iterator[mosaic.Tuning]:
     """The most promising first."""
-    yield mosaic.default_tuning(tokens)
     if tokens == 1:
-        yield mosaic.Tuning(rows=2, stages=4, warpgroups=1)
         yield mosaic.Tuning(rows=1, stages=4, warpgroups=1, blocks=264)
         yield mosaic.Tuning(rows=1, stages=4, warpgroups=2, blocks=264)
-        yield mosaic.Tuning(rows=2, stages=4, warpgroups=4)
+        yield mosaic.Tuning(rows=2, stages=4, warpgroups=1)
+    yield mosaic.Tuning(rows=2, stages=8, warpgroups=2)
     yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
 
 
 def neuron_tunings(predicted: bool) -> Iterator[neuron.Tuning | neuron_mosaic.Tuning | mosaic.Tuning]:
     """The most promising first."""
     if predicted:
-        yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
         yield mosaic.Tuning(rows=1, stages=4, warpgroups=1, blocks=264)
+        yield mosaic.Tuning(rows=1, stages=8, warpgroups=2)
         choices = [(64, 4, 4096, 16), (32, 4, 2048, 8), (64, 4, 2048, 8), (32, 2, 4096, 16)]
     else:
         yield neuron_mosaic.Tuning()
