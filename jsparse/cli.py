@@ -250,20 +250,21 @@ class Compare:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Shift the thresholds of a ReLU model: by one global threshold (FATReLU), or neuron by neuron (CETT).
+    """Set a model's thresholds: a ReLU model's by one for all (FATReLU) or by neuron (CETT), LTE's routers' by layer.
 
-    Prints a sweep, then solves for one goal and writes the shifted model.
+    Prints a sweep, then solves for one goal and writes the model with its new thresholds.
     """
 
     model: Positional[str]  # model folder
     out: Positional[str]  # model folder to write
     data: str  # text to measure on
-    calibration: str = ""  # text for CETT's statistics; by default the data itself
-    criterion: Literal["fatrelu", "cett"] = "fatrelu"
-    target_sparsity: float | None = None  # goal: at least this mean sparsity
+    calibration: str = ""  # text for the statistics of cett and lte; by default the data itself
+    criterion: Literal["fatrelu", "cett", "lte"] | None = None  # by default lte where there are routers, else fatrelu
+    target_sparsity: float | None = None  # goal: at least this mean sparsity, or share of blocks left out (lte)
     target_perplexity: float | None = None  # goal: at most this perplexity
     target_rise: float | None = None  # goal: at most this relative rise of the perplexity, 0.01 is one per cent
-    sweep: tuple[float, ...] = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # thresholds (fatrelu) or errors (cett)
+    # thresholds (fatrelu), errors (cett) or shares of blocks to leave out (lte); by default a few, by criterion
+    sweep: tuple[float, ...] | None = None
     split: str = "test"  # of a `datasets` name
     windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows(max_tokens=65_536)
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
@@ -271,7 +272,6 @@ class Threshold:
 
     def run(self) -> None:
         from jsparse import hf
-        from jsparse.methods import prosparse
 
         goal = {"sparsity": self.target_sparsity, "perplexity": self.target_perplexity, "rise": self.target_rise}
         given = {name: value for name, value in goal.items() if value is not None}
@@ -279,39 +279,62 @@ class Threshold:
         check(self.overwrite or not Path(self.out).exists(), "out", "a new folder (or --overwrite)", self.out)
 
         with _model(self.model, self.compute) as (config, params):
-            evaluate = _evaluator(self, config)
-
-            def measure(params: Any, config: Any, threshold: float | None = None) -> tuple[float, Any]:
-                found = evaluate(params, config, threshold)
-                mean = sum(found.sparsity) / len(found.sparsity)
-                print(f"  perplexity {found.perplexity:8.3f}  sparsity {mean:.4f}")
-                return found.perplexity, found.sparsity
-
-            print(f"sweep of {'thresholds' if self.criterion == 'fatrelu' else 'errors'} {self.sweep}")
-            if self.criterion == "fatrelu":
-                points = prosparse.sweep(lambda t: measure(params, config, t), self.sweep)
-                print(f"solving for {given}")
-                point = prosparse.solve(lambda t: measure(params, config, t), **given)
-                config = prosparse.shift(config, point.setting)
-            else:
-                text = self.calibration or self.data
-                tokens = _tokens(text, self.split, self.model, config.vocab_size, 16_384)
-                length = min(512, len(tokens))
-                batches = tokens[: len(tokens) // length * length].reshape(-1, 1, length).astype("int32")
-                curve = prosparse.cett_curve(params, config, batches)
-                points = prosparse.sweep(
-                    lambda e: measure(*prosparse.apply_cett(params, config, curve.tau_at(e))), self.sweep
-                )
-                print(f"solving for {given}")
-                params, config, point = prosparse.solve_cett(measure, params, config, curve, **given)
+            criterion = self.criterion or ("lte" if config.router else "fatrelu")
+            params, config, points, point = self._solve(criterion, params, config, given)
             hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite)
-        values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": self.criterion,
+        values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": criterion,
                   "goal": given, "setting": point.setting, "perplexity": point.perplexity,
                   "sparsity": point.sparsity,
                   "points": [dataclasses.asdict(p) | {"threshold": p.setting} for p in points]}  # fmt: skip
-        print(f"{self.out}: {self.criterion} at {point.setting:.5g}, perplexity {point.perplexity:.3f}, "
+        print(f"{self.out}: {criterion} at {point.setting:.5g}, perplexity {point.perplexity:.3f}, "
               f"sparsity {point.mean_sparsity:.4f}")  # fmt: skip
         _write_json(Path(self.out) / "threshold.json", values)
+
+    def _solve(self, criterion: str, params: Any, config: Any, given: dict[str, float]) -> tuple[Any, Any, Any, Any]:
+        """The model that meets the goal, params and config, with the points of the sweep and its own."""
+        from jsparse.methods import lte, prosparse
+
+        if criterion == "lte":
+            mode = config.router.mode if config.router else "no router"
+            check(mode == "hard", "--criterion lte", "a model with LTE's routers, mode 'hard'", mode)
+        evaluate = _evaluator(self, config)
+
+        def measure(params: Any, config: Any = config, threshold: float | None = None) -> tuple[float, Any]:
+            found = evaluate(params, config, threshold)
+            sparsity = found.block_sparsity if criterion == "lte" else found.sparsity
+            print(f"  perplexity {found.perplexity:8.3f}  sparsity {sum(sparsity) / len(sparsity):.4f}", flush=True)
+            return found.perplexity, sparsity
+
+        what, settings = _SWEEPS[criterion]
+        settings = settings if self.sweep is None else self.sweep
+        print(f"sweep of {what} {settings}")
+        if criterion == "fatrelu":
+            points = prosparse.sweep(lambda t: measure(params, config, t), settings)
+            print(f"solving for {given}")
+            point = prosparse.solve(lambda t: measure(params, config, t), **given)
+            return params, prosparse.shift(config, point.setting), points, point
+        text = self.calibration or self.data
+        tokens = _tokens(text, self.split, self.model, config.vocab_size, 16_384)
+        length = min(512, len(tokens))
+        batches = tokens[: len(tokens) // length * length].reshape(-1, 1, length).astype("int32")
+        if criterion == "lte":
+            points = prosparse.sweep(lambda s: measure(lte.leave_out(params, config, batches, s)), settings)
+            print(f"solving for {given}")
+            params, point = lte.solve_thresholds(measure, params, config, batches, **given)
+            return params, config, points, point
+        curve = prosparse.cett_curve(params, config, batches)
+        points = prosparse.sweep(lambda e: measure(*prosparse.apply_cett(params, config, curve.tau_at(e))), settings)
+        print(f"solving for {given}")
+        params, config, point = prosparse.solve_cett(measure, params, config, curve, **given)
+        return params, config, points, point
+
+
+_SHIFTS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+_SWEEPS: dict[str, tuple[str, tuple[float, ...]]] = {  # by criterion: what a setting is, and those swept by default
+    "fatrelu": ("thresholds", _SHIFTS),
+    "cett": ("errors", _SHIFTS),
+    "lte": ("shares of blocks left out", (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+}
 
 
 @dataclass(frozen=True)

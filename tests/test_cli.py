@@ -1,5 +1,6 @@
 """Every command end to end on a small model, and what it answers to bad input."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from jsparse import config, hf, model
 from jsparse.cli import COMMANDS, run
-from jsparse.config import FatRelu, Relu
+from jsparse.config import FatRelu, Relu, Router
+from jsparse.methods import lte
 from tests.helpers import save_byte_tokenizer, tiny_config
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 20
@@ -108,6 +110,34 @@ def test_threshold_by_either_criterion(home):
     for name in ("fat", "cett"):
         values = json.loads((home / name / "threshold.json").read_text())
         assert np.mean(values["sparsity"]) >= 0.8 and len(values["points"]) == 2
+
+
+def test_threshold_of_routers(home, capsys):
+    dense = tiny_config(vocab_size=258, eos_token_id=256, bos_token_id=None)
+    params, routed = lte.add_routers(model.init(jax.random.key(0), dense), dense, Router(8), init="normal",
+                                     key=jax.random.key(1))  # fmt: skip
+    hf.save(home / "routed", routed, params, tokenizer=home / "tokenizer")
+    shared = ["--data", "text.txt", "--max-tokens", "257", "--seq-len", "32"]
+    goal = ["--target-sparsity", "0.6", "--sweep", "0", "0.3"]
+    assert run(["threshold", "routed", "routed-60", *shared, *goal]) == 0
+    values = json.loads((home / "routed-60" / "threshold.json").read_text())
+    assert values["criterion"] == "lte" and 0.6 <= np.mean(values["sparsity"]) < 0.62
+    assert np.mean(values["points"][0]["sparsity"]) == 0
+    assert np.mean(values["points"][1]["sparsity"]) == pytest.approx(0.3, abs=0.05)
+    assert run(["eval", "routed-60", *shared, "--json", "routed-60.json"]) == 0
+    measured = json.loads((home / "routed-60.json").read_text())
+    np.testing.assert_allclose(measured["block_sparsity"], values["sparsity"])
+    assert measured["perplexity"] == pytest.approx(values["perplexity"])
+
+    code, error = answer(capsys, "threshold", "model", "left", *shared, *goal, "--criterion", "lte")
+    assert (code, error.count("\n")) == (2, 1) and "LTE's routers, mode 'hard', got 'no router'" in error
+    top = dataclasses.replace(routed, router=Router(8, "top"))
+    hf.save(home / "top", top, params, tokenizer=home / "tokenizer")
+    code, error = answer(capsys, "threshold", "top", "left", *shared, *goal)
+    assert (code, error.count("\n")) == (2, 1) and "mode 'hard', got 'top'" in error
+    code, error = answer(capsys, "threshold", "routed", "left", *shared, "--target-sparsity", "1")
+    assert (code, error.count("\n")) == (2, 1) and "a share between 0 and 1, got 1" in error
+    assert not (home / "left").exists()
 
 
 def test_compare_proves_a_conversion(home, capsys):

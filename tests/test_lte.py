@@ -120,6 +120,25 @@ def test_calibration_meets_the_target_and_keeps_the_layers_apart():
         lte.calibrate(params, config, [IDS], 1.0)
 
 
+def test_thresholds_meet_a_goal_on_the_text_measured():
+    params, config = with_routers()
+    params["layers"]["ffn"]["router"] = jax.random.normal(jax.random.key(1), params["layers"]["ffn"]["router"].shape)
+    other = tokens(DENSE, 4, 24, seed=1)  # calibrated on other text than is measured
+    calls = []
+
+    def evaluate(params):
+        off = model.trunk(params, IDS, config, probe=lambda t: t.factors == 0)[1]
+        calls.append(np.mean(np.asarray(off), axis=(1, 2, 3)))
+        return 10 * (1 + calls[-1].mean()), calls[-1]
+
+    new, point = lte.solve_thresholds(evaluate, params, config, [other], sparsity=0.6, tolerance=5e-3)
+    assert 0.6 <= point.mean_sparsity < 0.61 and len(set(point.sparsity)) == 2
+    assert calls[0].max() == 0  # a share of 0 keeps every block
+    np.testing.assert_array_equal(evaluate(new)[1], point.sparsity)
+    _, point = lte.solve_thresholds(evaluate, params, config, [other], rise=0.3, tolerance=5e-3)
+    assert 12.9 < point.perplexity <= 13
+
+
 def test_union_density_grows_with_the_batch():
     params, config = with_routers()
     params["layers"]["ffn"]["router"] = jax.random.normal(jax.random.key(1), (2, 32, 8))

@@ -34,7 +34,7 @@ Deja Vu, arXiv 2310.17157, predict which blocks or neurons of a finished model h
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +44,7 @@ import numpy as np
 
 from jsparse import model
 from jsparse.config import LlamaConfig, Router, check
+from jsparse.methods import prosparse
 from jsparse.methods.sparsegpt import exact_dot
 from jsparse.model import FFNTrace, Params, Probe, routing
 from jsparse.parallel import constrain
@@ -285,6 +286,45 @@ def calibrate(
         thresholds = (1 / (1 + np.exp(-logits))).astype(np.float32)
         params = set_thresholds(params, thresholds)
     return thresholds
+
+
+def leave_out(params: Params, config: LlamaConfig, batches: Iterable[jax.Array], share: float) -> Params:
+    """The parameters with the thresholds of `calibrate`; a share of 0 is the model that keeps every block."""
+    kept = np.zeros(config.num_hidden_layers)  # a score is above 0
+    return set_thresholds(params, calibrate(params, config, batches, share) if share else kept)
+
+
+_MOST = 0.99  # share that `solve_thresholds` asks calibration for
+
+
+def solve_thresholds(
+    evaluate: Callable[[Params], tuple[float, Any]],
+    params: Params,
+    config: LlamaConfig,
+    batches: Sequence[jax.Array],
+    *,
+    sparsity: float | None = None,
+    perplexity: float | None = None,
+    rise: float | None = None,
+    tolerance: float = 1e-3,
+) -> tuple[Params, prosparse.Point]:
+    """Finds the share of blocks to leave out of the calibration text that meets one goal on the text measured.
+
+    Where both are the same text, the share is the goal itself but for what rounds and windows do. Goals and errors are
+    those of `prosparse.solve`, with the share in place of the threshold.
+
+    Args:
+        evaluate: a model's parameters -> perplexity, and the share of blocks left out of each layer.
+        params: see `calibrate`; so are the batches.
+    """
+
+    def measure(share: float) -> tuple[float, Any]:
+        return evaluate(leave_out(params, config, batches, share))
+
+    first = min(sparsity or 0.25, _MOST)
+    point = prosparse.solve(measure, sparsity=sparsity, perplexity=perplexity, rise=rise, first=first, limit=_MOST,
+                            tolerance=tolerance)  # fmt: skip
+    return leave_out(params, config, batches, point.setting), point
 
 
 def _bins(logits: Any) -> jax.Array:

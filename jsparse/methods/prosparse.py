@@ -211,7 +211,7 @@ Evaluate = Callable[[float], tuple[float, Any]]  # threshold -> perplexity, spar
 class Point:
     """One measurement of a model under a setting of its thresholds."""
 
-    setting: float  # FATReLU's threshold, or CETT's error
+    setting: float  # FATReLU's threshold, CETT's error, or the share of blocks that LTE's routers leave out
     perplexity: float
     sparsity: tuple[float, ...]  # of each layer
 
@@ -241,6 +241,7 @@ def solve(
     sparsity: float | None = None,
     perplexity: float | None = None,
     rise: float | None = None,
+    first: float = 0.01,
     limit: float = 16.0,
     tolerance: float = 1e-3,
 ) -> Point:
@@ -251,6 +252,7 @@ def solve(
         sparsity: the smallest threshold with at least this mean sparsity.
         perplexity: the largest threshold whose perplexity is at most this.
         rise: the largest threshold whose perplexity is at most (1 + rise) times that of threshold 0.
+        first: threshold tried first after 0; doubled until the goal is bracketed.
         limit: no threshold above this is tried.
         tolerance: ends the search: sparsity above its goal, or perplexity below its budget as a share of the budget.
 
@@ -258,7 +260,7 @@ def solve(
         ConfigError: not exactly one goal, or one out of range.
         ValueError: no threshold meets the goal; the message holds the range that can be had.
     """
-    return _solve(lambda t: _measure(evaluate, t), 0.01, limit, tolerance, sparsity, perplexity, rise)
+    return _solve(lambda t: _measure(evaluate, t), first, limit, tolerance, sparsity, perplexity, rise)
 
 
 def _measure(evaluate: Evaluate, setting: float) -> Point:
