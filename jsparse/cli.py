@@ -372,6 +372,7 @@ class Prune:
         from jsparse import hf, parallel
         from jsparse.hf.folder import check_target
         from jsparse.methods.patterns import parse_pattern
+        from jsparse.methods.sparsegpt import SparseGpt
 
         pattern = parse_pattern(self.pattern)
         mlp, attention = self._methods()
@@ -394,6 +395,12 @@ class Prune:
         if dead:
             more = f" and {len(dead) - 1} more matrices" if dead[1:] else ""
             print(f"channels that no calibration token reached: {dead[0]}{more}, see prune.json", file=sys.stderr)
+        asked = {method.damp for method in (mlp, attention) if isinstance(method, SparseGpt)}
+        raised = [f"{row.damp:g} for {row.name}" for row in found.matrices if row.damp not in asked | {None}]
+        if raised:
+            more = f" and {len(raised) - 1} more matrices, see prune.json" if raised[1:] else ""
+            print(f"damping raised, as the calibration's Gram matrix could not be factored: {raised[0]}{more}",
+                  file=sys.stderr)  # fmt: skip
         if found.skipped:
             first = f"{len(found.skipped)} matrices, first {found.skipped[0]}"
             print(f"left dense, as {pattern} does not divide them: {first}")

@@ -174,6 +174,19 @@ def test_prune(home, capsys):
     assert code == 1 and "layers.0.ffn.gate: pattern 2:4: " in error and "expected 2" in error
 
 
+def test_prune_tells_a_raised_damping(home, capsys):
+    shared = ["--pattern", "2:4", "--calibration", "text.txt", "--seq-len", "32", "--samples", "2", "--scope", "all"]
+    # the first layer's attention reads as many different vectors as the text has letters: fewer than channels
+    code, told = answer(capsys, "prune", "model", "raised", "--method", "sparsegpt", *shared, "--damp", "1e-10")
+    rows = {row["name"]: row for row in json.loads((home / "raised" / "prune.json").read_text())["matrices"]}
+    damp = rows["layers.0.attention.query"]["damp"]
+    assert code == 0 and 1e-10 < damp < 1e-3
+    assert "damping raised" in told and "more matrices, see prune.json" in told
+    code, told = answer(capsys, "prune", "model", "as-asked", "--method", "sparsegpt", *shared)
+    rows = json.loads((home / "as-asked" / "prune.json").read_text())["matrices"]
+    assert code == 0 and {row["damp"] for row in rows} == {0.01} and "damping" not in told
+
+
 def test_prune_packed(home, capsys):
     options = ["--method", "dass", "--pattern", "2:4", "--calibration", "text.txt", "--samples", "2", "--seq-len", "32"]
     assert run(["prune", "model", "packed", *options, "--packed"]) == 0

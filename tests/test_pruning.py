@@ -36,12 +36,13 @@ from jsparse.methods.pruning import (
     block_statistics,
     compared,
     needs,
+    pick,
     prune,
     prune_block,
     ria_scores,
     wanda_scores,
 )
-from jsparse.methods.sparsegpt import SparseGpt, sparsegpt
+from jsparse.methods.sparsegpt import SparseGpt, dampings, sparsegpt
 from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 
 CONFIG = tiny_config(vocab_size=68)
@@ -75,7 +76,7 @@ GOLDEN["0.5"] = GOLDEN["4:8"]
 def test_dass_golden(pattern):
     layer = {"ffn": {"gate": jnp.asarray(GATE), "up": jnp.asarray(UP), "down": jnp.asarray(DOWN)}}
     stats = {"hidden": Stats(SQUARES, None, jnp.float32(1))}
-    weights, masks = prune_block(layer, stats, tuple((name, Dass()) for name in MLP), parse_pattern(pattern))
+    weights, masks, _ = prune_block(layer, stats, tuple((name, Dass()) for name in MLP), parse_pattern(pattern))
     for name, expected in zip(MLP, GOLDEN[pattern], strict=True):
         np.testing.assert_array_equal(masks[name], bits(expected), name)
         original = layer["ffn"][name.split(".")[1]]
@@ -102,13 +103,13 @@ W83 = ((5 * R3 + 7 * np.arange(8) + 3 * R3 * np.arange(8) + 2) % 13 - 6).T.astyp
 
 
 def test_sparsegpt_golden():
-    w, mask = sparsegpt(W83, HESSIAN, NofM(2, 4))
+    w, mask, _ = sparsegpt(W83, HESSIAN, NofM(2, 4))
     expected = [[-4, 0, 0, 4.74694, 0, 0, 6.58633, 15.83062], [0, 0, -5.33238, 5.16622, 0, 0, -6.78363, 3.71379],
                 [0, 0, 4.0057, 6.99734, 0, 0, 6.95901, 9.95153]]  # fmt: skip
     np.testing.assert_allclose(w, np.transpose(expected), rtol=1e-3)
     np.testing.assert_array_equal(mask, bits("10010011, 00110011, 00110011"))
     assert not w[1].any()  # the input that is always 0
-    _, mask = sparsegpt(W83, HESSIAN, Ratio(0.5))
+    _, mask, _ = sparsegpt(W83, HESSIAN, Ratio(0.5))
     np.testing.assert_array_equal(mask, bits("00000111, 00000011, 00111111"))
     wanda = keep_largest(wanda_scores(W83, jnp.asarray((X20**2).sum(1), jnp.float32)), NofM(2, 4), "input")
     np.testing.assert_array_equal(wanda, bits("10010101, 00110011, 10100011"))
@@ -183,7 +184,7 @@ def test_masks_agree_with_pytorch(pattern):
     count = 50_000  # of sequences, so many that the 1 of a dead input's diagonal counts in the damping
     expected, expected_keep = torch_sparsegpt(tw, tx, pattern, count, block)
     hessian = jnp.asarray(2 / count * x @ x.T)
-    got, keep = jax.jit(functools.partial(sparsegpt, pattern=pattern, block=block))(w, hessian)
+    got, keep, _ = jax.jit(functools.partial(sparsegpt, pattern=pattern, block=block))(w, hessian)
     np.testing.assert_array_equal(keep, expected_keep.numpy().T)
     np.testing.assert_allclose(got, expected.numpy().T, atol=2e-4)
 
@@ -231,7 +232,7 @@ def test_blocks_agree_with_pytorch(pattern):
     squares = {"ffn": (x**2).sum(0), "hidden": (h**2).sum(0)}
     stats = {field: Stats(jnp.asarray(s.numpy()), None, jnp.float32(1)) for field, s in squares.items()}
     for method in (Dass(), Ria(), Magnitude()):
-        _, masks = prune_block(layer, stats, tuple((name, method) for name in MLP), pattern)
+        _, masks, _ = prune_block(layer, stats, tuple((name, method) for name in MLP), pattern)
         for name in MLP:
             np.testing.assert_array_equal(masks[name], ~expected(name, method).numpy().T, f"{method} {name}")
 
@@ -240,7 +241,7 @@ def test_sparsegpt_is_explicit_obs():
     """Each input's removal is the optimal one among the inputs after it: least squares, solved anew each time."""
     w, x = layer_of(8, 5)
     h = (2 / 10 * x @ x.T).astype(np.float64)
-    got, keep = sparsegpt(w, jnp.asarray(h, jnp.float32), NofM(2, 4))
+    got, keep, _ = sparsegpt(w, jnp.asarray(h, jnp.float32), NofM(2, 4))
     h += 0.01 * np.mean(np.diag(h)) * np.eye(8)
     expected = w.astype(np.float64)
     for i in range(8):
@@ -259,11 +260,47 @@ def test_sparsegpt_loses_less_than_wanda_and_magnitude():
     assert moved < wanda < magnitude
 
 
+def nearly_constant(channels, tokens):
+    """Activations [tokens, channels] that differ from token to token by a few small directions, in bfloat16."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    same = jax.random.normal(keys[0], (channels,))
+    moved = jax.random.normal(keys[1], (tokens, 3)) @ jax.random.normal(keys[2], (3, channels))
+    return (same[None] + 1e-3 * moved).astype(jnp.bfloat16)
+
+
+def test_sparsegpt_damps_a_hessian_that_is_not_positive_definite_until_it_is():
+    w = jax.random.normal(jax.random.key(1), (256, 8))
+    x = nearly_constant(256, 1024).astype(jnp.float32)
+    h = 2 / 8 * x.T @ x
+    h = h - 0.02 * jnp.mean(jnp.diag(h)) * jnp.eye(256)  # as rounding leaves it with more channels and tokens
+    got, keep, place = sparsegpt(w, h, NofM(2, 4))
+    assert dampings(0.01) == [0.01, 0.1, 1.0] and place == 1
+    expected, expected_keep, place = sparsegpt(w, h, NofM(2, 4), damp=0.1)
+    assert place == 0
+    np.testing.assert_array_equal(keep, expected_keep)
+    np.testing.assert_array_equal(got, expected)
+    masked = np.where(keep, w, 0)
+    lost, lost_by_mask = (np.square(x @ (v - w)).sum() for v in (got, masked))
+    assert np.isfinite(got).all() and lost < 0.1 * lost_by_mask  # it still makes up for what is pruned
+
+
+def test_prune_tells_a_raised_damping():
+    params, ids = random_params(CONFIG), tokens(CONFIG, 2, 8)
+    layer = pick(params["layers"], 0)
+    plan = (("ffn.gate", SparseGpt()), ("ffn.up", SparseGpt(damp=1.0)))
+    gram = jnp.ones((CONFIG.hidden_size,) * 2) - 0.05 * jnp.eye(CONFIG.hidden_size)
+    stats = {"ffn": Stats(jnp.diag(gram), gram, jnp.float32(2))}
+    *_, places = prune_block(layer, stats, plan, NofM(2, 4))
+    assert {name: int(place) for name, place in places.items()} == {"ffn.gate": 1, "ffn.up": 0}
+    *_, found = prune(params, CONFIG, ids, pattern=NofM(2, 4), mlp=SparseGpt(), attention=Wanda())
+    assert {(row.method, row.damp) for row in found.matrices} == {("sparsegpt", 0.01), ("wanda", None)}
+
+
 def test_sparsegpt_by_groups_does_not_depend_on_the_block():
     w, x = layer_of(40, 6)
     h = jnp.asarray(2 / 8 * x @ x.T)
     results = [sparsegpt(w, h, NofM(2, 4), block=block) for block in (4, 128)]
-    for got, keep in results[1:]:
+    for got, keep, _ in results[1:]:
         np.testing.assert_array_equal(keep, results[0][1])
         np.testing.assert_allclose(got, results[0][0], atol=1e-4)
 

@@ -9,8 +9,8 @@ Three parts, in this order, each on request:
     quality    held-out perplexity of every method, pattern and scope, over calibration seeds
     recovery   2:4 models trained on with their zeros held, beside the dense model trained likewise
 
-Quality goes from the most to the least important cell and stops to begin new ones after --quality-seconds. Several
-cells run at a time, so that one compiles while another computes. Results are written after each; one that fails is
+Quality goes from the most to the least important cell and stops to begin new ones after --quality-seconds. With
+several --workers one cell compiles while another computes. Results are written after each; one that fails is
 reported and leaves the others alone.
 """
 
@@ -22,6 +22,7 @@ import statistics
 import threading
 import time
 import traceback
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--cells", nargs="+", default=[f"{p}/{s}" for p, s in CELLS], help="PATTERN/SCOPE")
     parser.add_argument("--quality-seconds", type=float, default=110)
-    parser.add_argument("--workers", type=int, default=6, help="cells at a time")
+    # one: several threads in cuSOLVER at once, as by SparseGPT's factors, have crashed the process
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--recovery-tokens", type=int, default=8_000_000)
     parser.add_argument("--recovery-runs", nargs="+", default=["dass", "sparsegpt"], help="methods, or dense")
     parser.add_argument("--recovery-recipe", default="configs/dass_recovery.yaml")
@@ -256,7 +258,8 @@ def random_model(config: configs.LlamaConfig) -> model.Params:
     def one(path: Any, x: Any) -> jax.Array:
         if path[-1].key == "scale":
             return jnp.ones(x.shape, x.dtype)
-        return _normal(jax.random.key(len(str(path)), impl="rbg"), x.shape, x.dtype)
+        seed = zlib.crc32(jax.tree_util.keystr(path).encode())  # matrices of one shape differ
+        return _normal(jax.random.key(seed, impl="rbg"), x.shape, x.dtype)
 
     return jax.tree_util.tree_map_with_path(one, model.abstract(config, jnp.bfloat16))
 

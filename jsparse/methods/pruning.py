@@ -54,7 +54,7 @@ from jsparse.methods.patterns import (
     replace,
     shares,
 )
-from jsparse.methods.sparsegpt import SparseGpt, exact_dot, sparsegpt
+from jsparse.methods.sparsegpt import SparseGpt, dampings, exact_dot, sparsegpt
 from jsparse.model import Params
 from jsparse.parallel import batch_shards, constrain
 
@@ -250,7 +250,7 @@ def embed(matrix: jax.Array, config: LlamaConfig, tokens: ArrayLike, batch_size:
 @functools.partial(jax.jit, static_argnames=("plan", "pattern"))
 def prune_block(
     layer: Params, stats: Mapping[str, Stats], plan: Plan, pattern: Pattern
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
     """Prunes the matrices of one block.
 
     Args:
@@ -260,12 +260,14 @@ def prune_block(
         pattern: of all of them.
 
     Returns:
-        The new matrices and their masks (bool, True is kept) by name, in the parameters' shapes and dtypes.
+        The new matrices and their masks (bool, True is kept) by name, in the parameters' shapes and dtypes; and for
+        those by SparseGPT the place in `dampings` of the share that was used, int32 [].
 
     Raises:
         ConfigError: statistics that a method needs are not there, or a pattern does not divide.
     """
     weights, masks = {}, {}
+    places: dict[str, jax.Array] = {}
     for (field, method), names in _by_input(plan).items():
         where = f"{names[0]} by {method.type}"
         check(field is None or field in stats, where, f"statistics of {field!r}", sorted(stats))
@@ -273,14 +275,15 @@ def prune_block(
         parts = [matrix(get(layer, name), name) for name in names]
         if isinstance(method, SparseGpt):
             check(found is not None and found.gram is not None, where, "a Gram matrix", None)
-            pruned = _sparsegpt(parts, found, method, pattern)  # type: ignore[arg-type]
+            pruned, place = _sparsegpt(parts, found, method, pattern)  # type: ignore[arg-type]
+            places |= dict.fromkeys(names, constrain(place))
         else:
             pruned = [_masked(part, name, method, found, pattern) for part, name in zip(parts, names, strict=True)]
         for name, (weight, keep) in zip(names, pruned, strict=True):
             whole = get(layer, name)
             weights[name] = weight.astype(whole.dtype).reshape(whole.shape)
             masks[name] = keep.reshape(whole.shape)
-    return weights, masks
+    return weights, masks, places
 
 
 def _by_input(plan: Plan) -> dict[tuple[str | None, Method], list[str]]:
@@ -293,14 +296,14 @@ def _by_input(plan: Plan) -> dict[tuple[str | None, Method], list[str]]:
 
 def _sparsegpt(
     parts: list[jax.Array], stats: Stats, method: SparseGpt, pattern: Pattern
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Matrices that read the same input, side by side: its Gram matrix is factored once."""
+) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array]:
+    """Matrices that read the same input, side by side: its Gram matrix is factored once. And the damping's place."""
     whole = jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
     widths = tuple(part.shape[1] for part in parts)
     hessian = 2.0 / stats.sequences * stats.gram  # type: ignore[operator]
-    found = sparsegpt(whole, hessian, pattern, damp=method.damp, block=method.block, parts=widths)
+    *found, place = sparsegpt(whole, hessian, pattern, damp=method.damp, block=method.block, parts=widths)
     ends = np.cumsum(widths)[:-1]
-    return list(zip(*(jnp.split(x, ends, axis=1) for x in found), strict=True))
+    return list(zip(*(jnp.split(x, ends, axis=1) for x in found), strict=True)), place
 
 
 def _masked(
@@ -336,6 +339,7 @@ class MatrixReport:
     weights: int
     zeros: int
     dead: int  # channels of the statistics that are 0 over the whole calibration
+    damp: float | None = None  # SparseGPT: the share that its Hessian was damped by, see `sparsegpt.dampings`
 
 
 class Pruned(NamedTuple):
@@ -360,13 +364,13 @@ def prune_next(layer: Params, i: int, stream: Stream, config: LlamaConfig, plan:
         stats = _add(stats, new) if stats else new
         if stays:
             stream[k] = middle, counted
-    weights, masks = prune_block(layer, stats, plan, pattern)
+    weights, masks, places = prune_block(layer, stats, plan, pattern)
     seen = _look({name: get(layer, name) for name, _ in plan}, weights, plan, pattern)
     layer = replace(layer, weights)
     if i < config.num_hidden_layers - 1:
         for k, (x, counted) in enumerate(stream):  # one by one, so that it exists only once
             stream[k] = _finish(layer, x, shaped, stays), counted
-    return Pruned(weights, masks, _rows(i, stats, seen, weights, plan, pattern))
+    return Pruned(weights, masks, _rows(i, stats, seen, weights, places, plan, pattern))
 
 
 class _Seen(NamedTuple):
@@ -393,10 +397,16 @@ def _look(before: Any, after: Any, plan: Plan, pattern: Pattern) -> dict[str, _S
 
 
 def _rows(
-    i: int, stats: Mapping[str, Stats], seen: Any, weights: Mapping[str, jax.Array], plan: Plan, pattern: Pattern
+    i: int,
+    stats: Mapping[str, Stats],
+    seen: Any,
+    weights: Mapping[str, jax.Array],
+    places: Mapping[str, jax.Array],
+    plan: Plan,
+    pattern: Pattern,
 ) -> list[MatrixReport]:
     """The report on one block. Here the host waits for the devices, once a block."""
-    squares, seen = jax.device_get(({field: s.squares for field, s in stats.items()}, seen))
+    squares, seen, places = jax.device_get(({field: s.squares for field, s in stats.items()}, seen, places))
     dead = {field: _dead(values, f"layers.{i}.{field}") for field, values in squares.items()}
     rows = []
     for name, method in plan:
@@ -408,8 +418,9 @@ def _rows(
             raise ValueError(f"{where}: weights are not finite after pruning: more damping may help")
         if found.broken.excess:
             raise ValueError(f"{where}: {describe_broken(found.broken, joined(shape, name), pattern, axis)}")
-        size = weights[name].size
-        rows.append(MatrixReport(where, method.type, axis, size, int(found.zeros), dead[field] if field else 0))
+        size, none = weights[name].size, dead[field] if field else 0
+        damp = dampings(method.damp)[places[name]] if isinstance(method, SparseGpt) else None
+        rows.append(MatrixReport(where, method.type, axis, size, int(found.zeros), none, damp))
     return rows
 
 

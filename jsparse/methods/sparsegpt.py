@@ -27,7 +27,7 @@ from jsparse.methods.patterns import NofM, Pattern, Ratio, keep_largest
 @dataclass(frozen=True)
 class SparseGpt:
     type: ClassVar[str] = "sparsegpt"
-    damp: float = 0.01  # added to H's diagonal, as a share of its mean
+    damp: float = 0.01  # added to H's diagonal, as a share of its mean; times 10 while H cannot be factored
     block: int = 128  # inputs whose updates of later inputs are done at once; by ratio also those compared
 
     def __post_init__(self) -> None:
@@ -43,21 +43,22 @@ def sparsegpt(
     damp: float = 0.01,
     block: int = 128,
     parts: tuple[int, ...] = (),
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """SparseGPT of one matrix: prunes from the first input to the last, and lets the later inputs make up for it.
 
     Args:
         weight: W [I, O].
         hessian: H = 2 X X^T / sequences, float32 [I, I]. Inputs that are always 0 have their weights set to 0.
         pattern: N:M groups run along I; a ratio is met among the scores of each `block` of inputs.
-        damp: raises H's diagonal by this share of its mean.
+        damp: raises H's diagonal by this share of its mean. Where the result is not positive definite, the share is
+            multiplied by 10, at most until it is 1 or above (`dampings`). 0 stays 0.
         block: inputs whose effect on later ones is applied at once. With N:M it changes nothing but speed.
         parts: outputs of each of several matrices that stand side by side in W because they read the same inputs; a
             ratio is met in each. None: W is one matrix.
 
     Returns:
-        The new W, float32 [I, O], exactly 0 where pruned, and the mask, bool [I, O]. W is nan where the damped H is
-        not positive definite.
+        The new W, float32 [I, O], exactly 0 where pruned, the mask, bool [I, O], and the place in `dampings(damp)` of
+        the share that was used, int32 []. W is nan where none makes H positive definite.
     """
     inputs, outputs = weight.shape
     if isinstance(pattern, NofM):
@@ -67,7 +68,7 @@ def sparsegpt(
     else:
         block = min(block, inputs)
         step = math.gcd(block, 8)  # inputs that are worked off one by one; the rest of the block follows at once
-    w, u = _eliminator(weight.astype(jnp.float32), hessian.astype(jnp.float32), damp)
+    w, u, place = _eliminator(weight.astype(jnp.float32), hessian.astype(jnp.float32), damp)
     extra = -inputs % block
     w = jnp.pad(w, ((0, extra), (0, 0)))
     u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.pad(jnp.zeros(inputs), (0, extra), constant_values=1.0))
@@ -108,7 +109,15 @@ def sparsegpt(
 
     w, keep = jax.lax.scan(one_block, w, jnp.arange(0, inputs, block))
     w = jnp.where(jnp.all(jnp.isfinite(u)), w, jnp.nan)  # else all would be pruned, and no one would notice
-    return w[:inputs], keep.reshape(w.shape)[:inputs]
+    return w[:inputs], keep.reshape(w.shape)[:inputs], place
+
+
+def dampings(damp: float) -> list[float]:
+    """The shares tried one after another."""
+    found = [damp]
+    while 0 < found[-1] < 1:
+        found.append(10 * found[-1])
+    return found
 
 
 def _errors(group: jax.Array, u: jax.Array, keep: jax.Array) -> jax.Array:
@@ -124,19 +133,33 @@ def _errors(group: jax.Array, u: jax.Array, keep: jax.Array) -> jax.Array:
     return jax.lax.scan(one_row, group, (jnp.arange(steps), keep), unroll=min(steps, 8))[1]
 
 
-def _eliminator(w: jax.Array, h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array]:
+def _eliminator(w: jax.Array, h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """W without its dead inputs, and U upper triangular with H^-1 = U^T U: row i holds what removing input i, once the
-    earlier ones are gone, does to the later ones.
+    earlier ones are gone, does to the later ones; and the place of the share that H was damped by.
 
-    With H in reverse order L L^T, U is L^-1 in reverse order: H is never inverted, and factored once.
+    With H in reverse order L L^T, U is L^-1 in reverse order: H is never inverted, and factored once. More than once
+    only where inputs that hardly change from token to token make entries of X X^T so alike that its rounding, which
+    grows with the tokens, outweighs the damping and leaves H with negative eigenvalues.
     """
     dead = jnp.diag(h) == 0
     eye = jnp.eye(len(h))
     h = h + jnp.diag(dead.astype(jnp.float32))  # before the mean
-    h = h + damp * jnp.mean(jnp.diag(h)) * eye
-    lower = jnp.linalg.cholesky(h[::-1, ::-1])
-    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-    return jnp.where(dead[:, None], 0.0, w), jnp.triu(inverse[::-1, ::-1])
+    shares = jnp.asarray(dampings(damp), jnp.float32)
+
+    def factor(place: jax.Array) -> jax.Array:
+        lower = jnp.linalg.cholesky((h + shares[place] * jnp.mean(jnp.diag(h)) * eye)[::-1, ::-1])
+        return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
+
+    def again(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        place, u = state
+        return (place < len(shares) - 1) & ~jnp.all(jnp.isfinite(u))
+
+    def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return state[0] + 1, factor(state[0] + 1)
+
+    first = jnp.int32(0)
+    place, u = jax.lax.while_loop(again, more, (first, factor(first)))
+    return jnp.where(dead[:, None], 0.0, w), jnp.triu(u), place
 
 
 def exact_dot(a: jax.Array, b: jax.Array) -> jax.Array:
