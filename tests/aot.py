@@ -56,8 +56,9 @@ def _target(name: str) -> tuple[SingleDeviceSharding, AbstractMesh, tuple[str, .
     return SingleDeviceSharding(topology.devices[0]), mesh, platforms, options
 
 
-def compile_for(target: str, f: Callable[..., Any], *args: Any) -> Any:
-    """Compiles f, a function or jitted, for one of TARGETS; the arguments are trees of arrays or shapes.
+def compile_for(target: str, f: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """Compiles f, a function or jitted, for one of TARGETS; the arguments are trees of arrays or shapes, those by name
+    static. What is jitted keeps its own compiler options.
 
     Skips the test where the target's compiler is not installed.
     """
@@ -67,5 +68,6 @@ def compile_for(target: str, f: Callable[..., Any], *args: Any) -> Any:
     sharding, mesh, platforms, options = _target(target)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh):  # Pallas asks for the device while lowering
-        lowered = jax.jit(f).trace(*shapes).lower(lowering_platforms=platforms)
+        jitted: Any = f if hasattr(f, "trace") else jax.jit(f)
+        lowered = jitted.trace(*shapes, **static).lower(lowering_platforms=platforms)
     return lowered.compile(compiler_options=options)

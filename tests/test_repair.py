@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jsparse import model
 from jsparse.config import ConfigError
-from jsparse.methods.importance import moments
+from jsparse.methods.importance import Moments, moments
 from jsparse.methods.repair import (
     Admm,
     Bias,
@@ -24,6 +24,7 @@ from jsparse.methods.repair import (
     with_biases,
 )
 from jsparse.methods.subnet import compact, whole, zero_filled
+from tests.aot import H100, compile_for
 from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 
 CONFIG = tiny_config(num_hidden_layers=3)
@@ -158,6 +159,16 @@ def test_block_after_block(method: ClosedForm | Admm | Bias) -> None:
     if isinstance(method, Bias):
         assert config.mlp_bias and config.attention_bias and found.bias is not None
         np.testing.assert_allclose(last["down_bias"][2], found.bias, atol=1e-4)
+
+
+def test_compiles_for_an_h100_without_kernels_to_tune() -> None:
+    """Exact products are cuBLAS calls, which compile at once, not Triton kernels that XLA tunes by compiling many."""
+    weight, gram = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1536, 576), (1536, 1536)))
+    stats = Moments(gram, jax.ShapeDtypeStruct((1536,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
+    kept = jax.ShapeDtypeStruct((1536,), bool)
+    args = weight, None, stats, kept
+    text = compile_for(H100, repair_matrix, *args, method=ClosedForm(), name="ffn.down").as_text()
+    assert "__cublas$lt$matmul" in text and "triton_nested_gemm" not in text
 
 
 def test_what_repair_refuses() -> None:

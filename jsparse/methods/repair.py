@@ -129,6 +129,10 @@ def _energy(weight: jax.Array, gram: jax.Array) -> jax.Array:
     return jnp.sum(weight * exact_dot(gram, weight))
 
 
+# Exact products by cuBLAS: as Triton kernels XLA compiles and times many variants of each, before the first repair.
+_COMPILER = {"xla_gpu_enable_triton_gemm": False}
+
+
 class Repaired(NamedTuple):
     weight: jax.Array  # in the parameter's shape and dtype, 0 where gone
     bias: jax.Array | None  # the output's, where there is one
@@ -136,11 +140,11 @@ class Repaired(NamedTuple):
     after: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("method", "name"))
+@functools.partial(jax.jit, static_argnames=("method", "name"), compiler_options=_COMPILER)
 def repair_matrix(
     weight: jax.Array, bias: jax.Array | None, stats: Moments, kept: jax.Array, method: Repair, name: str
 ) -> Repaired:
-    """Repairs one matrix, output or down, by the statistics of what it reads; kept is bool [I]."""
+    """Repairs one matrix, output or down, by the statistics of what it reads; kept is bool [I]. Not under jit."""
     w = matrix(weight, name).astype(jnp.float32)
     masked = jnp.where(kept[:, None], w, 0.0)
     before = relative_error(w - masked, w, stats.gram)
@@ -321,7 +325,7 @@ def repair_levels(
     return Levels(jnp.stack(output), jnp.stack(down), jnp.asarray(values, jnp.int32), jnp.asarray(ffn, jnp.int32))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=_COMPILER)
 def _levels(weight: jax.Array, gram: jax.Array, kept: jax.Array, damp: float) -> jax.Array:
     """[widths, ...] of a weight [..., D], for inputs kept bool [widths, I]; one after another, to hold one system."""
     w = weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
