@@ -504,6 +504,8 @@ class Search:
         with _model(self.model, self.compute) as (config, params):
             limit = positions(config)
             check(0 < self.seq_len <= limit, "--seq-len", f"1 to the model's {limit} positions", self.seq_len)
+            width = config.intermediate_size
+            check(not self.decilm or width % MULTIPLE == 0, "--decilm", f"an FFN width that {MULTIPLE} divides", width)
             tokens = _tokens(self.calibration, self.split, self.model, config.vocab_size, None)
             texts = search.draw_texts(tokens, seq_len=self.seq_len, calibration=self.samples, windows=self.windows,
                                       seed=self.seed)  # fmt: skip
@@ -534,6 +536,9 @@ class Search:
         from jsparse.methods.search import SearchConfig
         from jsparse.methods.space import Budget, SpaceConfig
 
+        beside = "--method search beside it"
+        check(self.method == "search" or not self.levels, "--levels", beside, self.method)
+        check(self.method == "search" or self.fitness == "perplexity", "--fitness", beside, self.method)
         repairs: dict[str, Any] = {
             "closed": ClosedForm(self.damp),
             "admm": Admm(damp=self.damp),

@@ -248,6 +248,8 @@ def test_search(home, capsys, monkeypatch):
     assert "generation" not in capsys.readouterr().out
     code, error = answer(capsys, "search", "model", "sub", *shared, "--overwrite", "--seed", "1")
     assert (code, error.count("\n")) == (2, 1) and "sub.search: a search with other settings began there" in error
+    code, error = answer(capsys, "search", "model", "sub", *shared, "--overwrite", "--epochs", "1")
+    assert (code, error.count("\n")) == (2, 1) and "epochs: expected at least the 2 that sub.search has done" in error
     assert run(["search", "model", "uniform", *shared, "--method", "uniform", "--repair", "bias"]) == 0
     assert not (home / "uniform.search").exists() and hf.read_config(home / "uniform").mlp_bias
 
@@ -268,6 +270,18 @@ def test_search(home, capsys, monkeypatch):
             "ffn_low: expected a share above 0",
         ),
         (["--keep", "0.8", "--calibration", "text.txt", "--population", "0"], "population: expected a positive number"),
+        (
+            ["--keep", "0.8", "--calibration", "text.txt", "--method", "depth", "--levels"],
+            "--levels: expected --method search beside it, got 'depth'",
+        ),
+        (
+            ["--keep", "0.8", "--calibration", "text.txt", "--method", "random", "--fitness", "kl"],
+            "--fitness: expected --method search beside it, got 'random'",
+        ),
+        (
+            ["--keep", "0.8", "--calibration", "text.txt", "--decilm", "left2"],
+            "--decilm: expected an FFN width that 256 divides",
+        ),
     ],
 )
 def test_search_refuses_in_one_line_and_leaves_nothing(home, arguments, told, capsys):

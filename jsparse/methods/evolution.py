@@ -204,13 +204,16 @@ def evolve(
         start: the initial subnet, which is the first candidate, so that the best is never worse.
         fitness: losses of candidates, float [C]; inf is a loss.
         folder: where every candidate goes into candidates.jsonl, and the state into state.npz after each generation.
-            A search that finds a state there goes on from it, to the bit as if it had never stopped.
+            A search that finds a state there goes on from it, to the bit as if it had never stopped; ConfigError where
+            that state is of more generations than are asked for.
         progress: called after each generation.
     """
     state = State(0, (), frozenset())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         state = load_state(folder, start) or state
+        check(state.epoch <= settings.epochs, "epochs", f"at least the {state.epoch} that {folder} has done",
+              settings.epochs)  # fmt: skip
         _cut_log(folder / "candidates.jsonl", state.epoch)
     while state.epoch < settings.epochs:
         rng = np.random.default_rng([settings.seed, state.epoch])
