@@ -507,6 +507,10 @@ class LteStage1:
         if isinstance(self.target_sparsity, int | float):  # else none, or traced
             check(0 < self.target_sparsity < 1, "target_sparsity", "a share between 0 and 1", self.target_sparsity)
             check(self.eta > 0, "eta", "a positive number for the controller to start from", self.eta)
+        for name in ("eta", "separation", "separation_ramp", "epsilon"):
+            value = getattr(self, name)
+            if isinstance(value, int | float):  # else traced
+                check(value >= 0, name, "a number of at least 0", value)
         check(0 < self.tau < 1, "tau", "a score between 0 and 1", self.tau)
         check(0 < self.reach <= 1, "reach", "a share of the steps", self.reach)
         _check_positive(self, "block_size", "router_lr")

@@ -300,3 +300,6 @@ def test_bad_input(tmp_path):
         with pytest.raises(ConfigError, match=r"method.target_sparsity: expected a share between 0 and 1"):
             method = {"type": "lte_stage1", "target_sparsity": target}
             from_dict(TrainConfig, {"run": "r", "model": {"path": "m"}, "data": {}, "method": method})
+    for name in ("eta", "separation", "separation_ramp", "epsilon"):
+        with pytest.raises(ConfigError, match=f"{name}: expected a number of at least 0, got -1"):
+            LteStage1(**{name: -1.0})
