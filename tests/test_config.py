@@ -165,6 +165,7 @@ def test_yaml_of_every_spelling():
 # Bad input
 # --------------------------------------------------------------------------------------------------------------------
 
+METHODS = "dense, prosparse, lte_stage1, lte_stage2, noisy_top_k, predictor"
 BAD = [
     # Unknown, missing
     ("optimizer.learning_rte", 1, "unknown setting optimizer.learning_rte; known here: lr, schedule, "),
@@ -198,10 +199,10 @@ BAD = [
     # Wrong alternatives
     ("dtype", "bfloat17", "dtype: expected one of float32, bfloat16, got 'bfloat17' (did you mean 'bfloat16'?)"),
     ("dtype", [16], "dtype: expected one of float32, bfloat16, got [16]"),
-    ("method", "prospars", "method.type: expected one of dense, prosparse, got 'prospars' (did you mean 'prosparse'?)"),
-    ("method", ["dense"], "method.type: expected one of dense, prosparse, got ['dense']"),
-    ("method.type", [1], "method.type: expected one of dense, prosparse, got [1]"),
-    ("method", {}, "method.type: expected one of dense, prosparse, got None"),
+    ("method", "prospars", f"method.type: expected one of {METHODS}, got 'prospars' (did you mean 'prosparse'?)"),
+    ("method", ["dense"], f"method.type: expected one of {METHODS}, got ['dense']"),
+    ("method.type", [1], f"method.type: expected one of {METHODS}, got [1]"),
+    ("method", {}, f"method.type: expected one of {METHODS}, got None"),
     ("model.activation", "gelo", "model.activation.type: expected one of silu, gelu, relu, "),
     # Out of range
     ("steps", 0, "steps: expected a positive number, got 0"),
