@@ -9,6 +9,7 @@ from pallas_kernels.block_sparse_matmul import BlockSparse, block_sparse_matmul,
 from pallas_kernels.ffn import Activation, PackedFFN, pack_ffn
 from pallas_kernels.neuron_sparse_ffn import Predictor, neuron_sparse_ffn
 from pallas_kernels.nm_matmul import PackedNM, nm_ffn, nm_matmul, pack, unpack
+from pallas_kernels.tile_sparse_matmul import tile_sparse_matmul
 
 __all__ = [
     "Activation",
@@ -24,6 +25,7 @@ __all__ = [
     "pack",
     "pack_blocks",
     "pack_ffn",
+    "tile_sparse_matmul",
     "unpack",
     "unpack_blocks",
 ]

@@ -189,3 +189,16 @@ def erf(x: jax.Array) -> jax.Array:
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     y = 1.0 - poly * jnp.exp(-x * x)
     return jnp.where(x < 0, -y, y)
+
+
+def dot(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
+    """The product of two tiles on tensor cores; float32 operands are not rounded, whatever JAX's default."""
+    return plt.dot(a, b, precision="highest" if a.dtype == jnp.float32 else "default", **kwargs)
+
+
+def grouped(program: jax.Array, tiles: int, lines: int, group: int) -> tuple[jax.Array, jax.Array]:
+    """Tile and line of a program: groups of tiles one after the other, in each the tiles of a line side by side."""
+    first = jax.lax.div(program, jnp.int32(group * lines)) * group
+    height = jnp.minimum(tiles - first, group)
+    place = program - first * lines
+    return first + jax.lax.rem(place, height), jax.lax.div(place, height)

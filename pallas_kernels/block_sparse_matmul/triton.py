@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.backend import like
 from pallas_kernels.block_sparse_matmul.packing import BlockSparse
-from pallas_kernels.triton import call
+from pallas_kernels.triton import call, dot, grouped
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _walk(x: jax.Array, weight: BlockSparse, transposed: bool, interpret: Any, t
 
     def kernel(x_ref: Any, values_ref: Any, start_ref: Any, *refs: Any) -> None:
         *list_refs, y_ref = refs
-        tile, line = _grouped(pl.program_id(0), tiles, lines, tuning.group)
+        tile, line = grouped(pl.program_id(0), tiles, lines, tuning.group)
         token = tile * tokens + jnp.arange(tokens)[:, None]
         whole = total % tokens == 0
         first = start_ref[line]
@@ -84,8 +84,8 @@ def _walk(x: jax.Array, weight: BlockSparse, transposed: bool, interpret: Any, t
                 a = plt.load(x_ref.at[at], mask=jnp.broadcast_to(token < total, (tokens, depth)), other=0.0)
             within = jnp.arange(size)
             if transposed:
-                return sums + _dot(a, values_ref[block, within[:, None], along[None]], trans_b=True)
-            return sums + _dot(a, values_ref[block, along[:, None], within[None]])
+                return sums + dot(a, values_ref[block, within[:, None], along[None]], trans_b=True)
+            return sums + dot(a, values_ref[block, along[:, None], within[None]])
 
         count = (start_ref[line + 1] - first) * steps
         sums = jax.lax.fori_loop(jnp.int32(0), count, step, jnp.zeros((tokens, size), jnp.float32))
@@ -120,7 +120,7 @@ def block_products(
                     return plt.load(ref.at[at])
                 return plt.load(ref.at[at], mask=jnp.broadcast_to(token < total, (depth, size)), other=0.0)
 
-            return sums + _dot(load(x_ref, row), load(dy_ref, column), trans_a=True)
+            return sums + dot(load(x_ref, row), load(dy_ref, column), trans_a=True)
 
         there = entry < start_ref[start_ref.shape[0] - 1]
         steps = jnp.where(there, jnp.int32(pl.cdiv(total, depth)), jnp.int32(0))
@@ -131,15 +131,3 @@ def block_products(
     launch: dict[str, Any] = {"warps": tuning.warps, "stages": tuning.stages, "interpret": interpret}
     run = call(kernel, out, programs=len(weight.row), **launch)
     return run(x, dy, weight.row, weight.column, weight.column_start)
-
-
-def _dot(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
-    return plt.dot(a, b, precision="highest" if a.dtype == jnp.float32 else "default", **kwargs)
-
-
-def _grouped(program: jax.Array, tiles: int, lines: int, group: int) -> tuple[jax.Array, jax.Array]:
-    """Tile and line of a program: groups of tiles one after the other, in each the tiles of a line side by side."""
-    first = jax.lax.div(program, jnp.int32(group * lines)) * group
-    height = jnp.minimum(tiles - first, group)
-    place = program - first * lines
-    return first + jax.lax.rem(place, height), jax.lax.div(place, height)
