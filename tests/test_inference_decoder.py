@@ -65,6 +65,21 @@ def test_packed_equals_model(config):
     np.testing.assert_allclose(got[1, 3:], expected[1, 3:], rtol=1e-5, atol=1e-4)
 
 
+def test_half_precision_keeps_the_routers_own_choice():
+    """A router that bfloat16 would round over its threshold names no block, packed as in the model."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), made(ROUTED))
+    ffn = params["layers"]["ffn"]
+    router = jnp.zeros(ffn["router"].shape, jnp.float32).at[:, 0].set(1.0).at[:, 1].set(-1.0 - 2.0**-10)
+    ffn |= {"router": router, "router_threshold": jnp.full(2, 0.499)}
+    packed = pack(params, ROUTED)
+    x = jnp.zeros((1, ROUTED.hidden_size), jnp.bfloat16).at[:, :2].set(8.0)  # a score of 0.498, rounded 0.5
+    np.testing.assert_array_equal(packed.layers[1].ffn.router, router[1].T)
+    assert not jnp.any(decoder.dense_ffn(packed.layers[0].ffn, x, ROUTED))
+    residual = jnp.zeros(x.shape, jnp.float32)
+    for implementation in ("xla", "triton", "reference"):
+        assert not jnp.any(decoder.sparse_ffn(packed.layers[0].ffn, x, residual, ROUTED, implementation))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(
     "config",

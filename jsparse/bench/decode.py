@@ -218,7 +218,8 @@ def _variant(dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int) ->
         case "blocks":
             threshold = jax.nn.sigmoid(jnp.float32(score * quantile))
             blocks = f // Router().block_size
-            decoder = with_ffn(lambda key: {"router": _normal(key, (blocks, d), dtype), "router_threshold": threshold})
+            decoder = with_ffn(lambda key: {"router": _normal(key, (blocks, d), "float32"),
+                                            "router_threshold": threshold})  # fmt: skip
             return decoder, dataclasses.replace(shape, activation=Silu(), router=Router())
         case "neurons":
             return dense, dataclasses.replace(shape, activation=FatRelu(score * quantile))

@@ -256,7 +256,7 @@ def _ffn(weights: PackedFFN, kind: Kind | None, rank: int) -> Ffn:
     ffn = Ffn(weights)
     match kind:
         case "blocks":
-            router = _normal(jax.random.key(2), (f // Router().block_size, d), 1, dtype)
+            router = _normal(jax.random.key(2), (f // Router().block_size, d), 1, "float32")
             return ffn._replace(router=router, router_threshold=jnp.float32(0))
         case "predicted":
             down, up = _normal(jax.random.key(3), (rank, d), 1, dtype), _normal(jax.random.key(4), (f, rank), 1, dtype)
@@ -289,11 +289,11 @@ def _with_sparsity(ffn: Ffn, x: jax.Array, common: jax.Array, sparsity: Any, kin
         return jnp.where(dropped == 0, ranked[0] - 1, between)
 
     def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.dot(x, matrix.T, preferred_element_type=jnp.float32)
+        return jnp.dot(x, matrix.T, precision="highest", preferred_element_type=jnp.float32)
 
     match kind:
         case "blocks":
-            return ffn._replace(router_threshold=jax.nn.sigmoid(cut(product(rows, ffn.router))))
+            return ffn._replace(router_threshold=jax.nn.sigmoid(cut(product(rows.astype(jnp.float32), ffn.router))))
         case "neurons":
             gate = ffn.weights.gate
             along = jnp.mean(rows.astype(jnp.float32) @ common)

@@ -72,7 +72,7 @@ class Ffn(NamedTuple):
     up_bias: Any = None
     down_bias: Any = None  # [D]
     cutoff: Any = None  # float32 [F], CETT's thresholds
-    router: Any = None  # [E, D], in the weights' dtype
+    router: Any = None  # float32 [E, D]: rounded, it would name other blocks than the model's own
     router_threshold: Any = None  # float32 []
     predictor: Any = None  # Predictor
 
@@ -94,7 +94,7 @@ class Decoder(NamedTuple):
 
 
 def pack(params: Params, config: LlamaConfig, predictors: Sequence[Predictor] | None = None) -> Decoder:
-    """Packs a model's parameters, in their dtype. Layers may differ in their widths.
+    """Packs a model's parameters, in their dtypes. Layers may differ in their widths.
 
     The result shares no matrix with `params` but the embedding: drop them where memory is short.
 
@@ -141,7 +141,7 @@ def _pack_layer(layer: Params) -> Layer:
             up_bias=ffn.get("up_bias"),
             down_bias=ffn.get("down_bias"),
             cutoff=ffn.get("threshold"),
-            router=ffn["router"].T.astype(ffn["gate"].dtype) if "router" in ffn else None,
+            router=ffn["router"].T if "router" in ffn else None,
             router_threshold=ffn.get("router_threshold"),
         ),
     )
@@ -455,7 +455,7 @@ def _factors(ffn: Ffn, x: jax.Array, hidden: Any, config: LlamaConfig) -> jax.Ar
     if router.mode == "oracle":
         scores = routing.block_sums(hidden, router.block_size)
     else:
-        scores = jnp.einsum("...D,ED->...E", x, ffn.router, precision="high", preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...D,ED->...E", x.astype(jnp.float32), ffn.router, precision="high")
     return routing.gates(router, scores, ffn.router_threshold)
 
 
