@@ -186,6 +186,8 @@ class Generate:
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         tokenizer = _tokenizer(self.model)
         prompts = [tokenizer(text).input_ids for text in self.prompt]
+        for text, ids in zip(self.prompt, prompts, strict=True):
+            check(len(ids) > 0, "--prompt", "a text of at least one token", text)
         with _model(self.model, self.compute, packed=True) as (config, params):
             if self.predictor:
                 params = pack(params, config, predictor.load(self.model, config, self.compute.dtype))
@@ -272,11 +274,12 @@ class Threshold:
 
     def run(self) -> None:
         from jsparse import hf
+        from jsparse.hf.folder import check_target
 
         goal = {"sparsity": self.target_sparsity, "perplexity": self.target_perplexity, "rise": self.target_rise}
         given = {name: value for name, value in goal.items() if value is not None}
         check(len(given) == 1, "threshold", "one of --target-sparsity, --target-perplexity and --target-rise", given)
-        check(self.overwrite or not Path(self.out).exists(), "out", "a new folder (or --overwrite)", self.out)
+        check_target(Path(self.out), self.overwrite, self.model)
 
         with _model(self.model, self.compute) as (config, params):
             criterion = self.criterion or ("lte" if config.router else "fatrelu")
@@ -376,7 +379,7 @@ class Prune:
 
         pattern = parse_pattern(self.pattern)
         mlp, attention = self._methods()
-        check_target(Path(self.out), self.overwrite)
+        check_target(Path(self.out), self.overwrite, self.model)
         needs = {self.method, attention.type if attention else self.method} - {"magnitude"}
         check(bool(self.calibration) or not needs, "--calibration", f"a text for {' and '.join(sorted(needs))}", "none")
         windows = self._windows(hf.read_config(self.model)) if needs else None
@@ -499,7 +502,7 @@ class Search:
 
         settings = self._settings()
         for path in filter(None, (self.out, self.zero_filled, self.decilm)):
-            check_target(Path(path), self.overwrite)
+            check_target(Path(path), self.overwrite, self.model)
         folder = Path(self.run_folder or f"{self.out}.search") if self.method == "search" else None
         with _model(self.model, self.compute) as (config, params):
             limit = positions(config)
@@ -624,6 +627,10 @@ class BenchFfn:
         from jsparse.bench.timing import Budget, bandwidth
 
         shapes = {name: _shape(name) for name in self.shape}
+        for flag, value in (("--rank", self.rank), *(("--batch", rows) for rows in self.batch)):
+            check(value > 0, flag, "a positive number", value)
+        for share in self.sparsity:
+            check(0 <= share < 1, "--sparsity", "shares from 0 up to, not including, 1", share)
         out = _result_path(self.result, "bench", "ffn", *self.shape)
         budget = Budget(self.seconds)
         speed = bandwidth(self.probe_bytes)
@@ -670,6 +677,9 @@ class BenchDecode:
         from jsparse.bench.timing import Budget, bandwidth
 
         shape = _shape(self.shape)
+        for flag, value in (("--context", self.context), ("--steps", self.steps), ("--rank", self.rank),
+                            *(("--batch", rows) for rows in self.batch)):  # fmt: skip
+            check(value > 0, flag, "a positive number", value)
         for name in self.variant:
             check(name in VARIANTS, "--variant", f"one of {', '.join(VARIANTS)}", name)
         out = _result_path(self.result, "bench", "decode", self.shape)

@@ -226,6 +226,22 @@ def test_prune_refuses_in_one_line_and_leaves_nothing(home, arguments, told, cap
     assert not [path for path in home.iterdir() if "left" in path.name]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "model", "model", "--method", "magnitude", "--pattern", "2:4"],
+        ["search", "model", "model", "--keep", "0.8", "--calibration", "text.txt"],
+        ["search", "model", "other", "--zero-filled", "model", "--keep", "0.8", "--calibration", "text.txt"],
+        ["threshold", "model", "model", "--data", "text.txt", "--target-sparsity", "0.5"],
+    ],
+)
+def test_the_model_that_is_read_is_never_overwritten(home, command, capsys):
+    before = {path.name: path.read_bytes() for path in (home / "model").iterdir()}
+    code, error = answer(capsys, *command, "--overwrite")
+    assert (code, error.count("\n")) == (2, 1) and "model: is the model that is read" in error
+    assert {path.name: path.read_bytes() for path in (home / "model").iterdir()} == before
+
+
 def test_search(home, capsys, monkeypatch):
     """A subnet and its exports, which all compute the same; stopped, it goes on; every format loads again."""
     shared = ["--keep", "0.8", "--band", "0.05", "--calibration", "text.txt", "--seq-len", "16", "--samples", "4"]
@@ -322,13 +338,17 @@ def test_help_shows_every_field(command, capsys):
         (["train", "nothing.yaml"], 2, "no such recipe"),
         (["generate", "model", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
         (["threshold", "model", "new", "--data", "text.txt"], 2, "--target-sparsity"),
-        (["threshold", "model", "model", "--data", "text.txt", "--target-sparsity", "0.9"], 2, "new folder"),
+        (["threshold", "model", "model", "--data", "text.txt", "--target-sparsity", "0.9"], 2, "that is read"),
+        (["generate", "model", "--prompt", ""], 2, "--prompt: expected a text of at least one token"),
         (["compare", "model", "--data", "text.txt"], 2, "--torch"),
         (["export", "nothing", "out"], 2, "nothing"),
         (["import", "text.txt", "out"], 1, "text.txt"),
         (["report", "nothing", "--out", "page2"], 2, "nothing"),
         (["bench", "train", "--shape", "llama9"], 2, "smollm2-135m"),
         (["bench", "ffn", "--shape", "llama9"], 2, "smollm2-135m"),
+        (["bench", "ffn", "--batch", "0"], 2, "--batch: expected a positive number, got 0"),
+        (["bench", "ffn", "--sparsity", "1.5"], 2, "--sparsity: expected shares"),
+        (["bench", "decode", "--context", "0"], 2, "--context: expected a positive number, got 0"),
         (["bench", "decode", "--variant", "LTE"], 2, "LTE 50 %"),
         (["eval", "model", "--data", "text.txt", "--mesh", "3", "1", "1"], 2, "mesh"),
     ],

@@ -284,9 +284,12 @@ def write_model(
             (folder / name).write_text(text if isinstance(text, str) else text(), encoding="utf-8")
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raises ConfigError where `path` exists and may not be replaced: without leave, or because it is no model."""
+def check_target(path: Path, overwrite: bool, source: str | Path | None = None) -> None:
+    """Raises ConfigError where `path` exists and may not be replaced: without leave, because it is no model, or because
+    it is the source that is read."""
     if path.exists():
+        if source is not None and path.samefile(source):
+            raise ConfigError(f"{path}: is the model that is read; choose another name for the one to write")
         if not overwrite:
             raise ConfigError(f"{path}: exists already; choose another name, or overwrite it (overwrite=True)")
         if not (path / "config.json").exists() and (path.is_file() or any(path.iterdir())):

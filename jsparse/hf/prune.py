@@ -104,7 +104,7 @@ def prune_folder(
     config, where = read_config(source), Path(source)
     todo, skipped = plans(config, pattern, mlp, attention, remainder)
     packing = _packing(todo, mlp, pattern) if packed else {}
-    check_target(Path(out), overwrite)
+    check_target(Path(out), overwrite, source)
     stored = packed_form.dense(open_folder(where), read_packing(source), where)
     found = leaves(config)
     check_stored(config, found, stored, where)
