@@ -247,14 +247,14 @@ def test_search(home, capsys, monkeypatch):
     shared = ["--keep", "0.8", "--band", "0.05", "--calibration", "text.txt", "--seq-len", "16", "--samples", "4"]
     shared += ["--windows", "2", "--epochs", "2", "--population", "6", "--ffn-multiple", "8", "--attention-low", "0.5"]
     shared += ["--attention-multiple", "2"]
-    assert run(["search", "model", "sub", *shared, "--zero-filled", "zeros"]) == 0
+    assert run(["search", "model", "sub", *shared, "--zero-filled", "filled"]) == 0
     told = capsys.readouterr().out
     assert "generation 2/2: 12 candidates, best" in told and "0 s left" in told and "repaired" in told
     config, params = hf.load(home / "sub")
     values = json.loads((home / "sub" / "subnet.json").read_text())
     assert values["parameters"] == model.count(params) and 0.75 <= values["keep"] <= 0.8
     assert len((home / "sub.search" / "candidates.jsonl").read_text().splitlines()) == 12
-    filled, zeros = hf.load(home / "zeros")
+    filled, zeros = hf.load(home / "filled")
     ids = np.arange(10)[None] % config.vocab_size
     got, expected = (model.forward(p, ids, c).logits for p, c in ((params, config), (zeros, filled)))
     np.testing.assert_allclose(got, expected, atol=1e-4)

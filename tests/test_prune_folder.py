@@ -94,7 +94,8 @@ def test_one_block_at_a_time(home, monkeypatch):
         ({"tokens": IDS + 60}, ConfigError, "tokens: expected ids from 0 to 67"),
         ({"tokens": None}, ConfigError, "tokens: expected calibration tokens for dass"),
         ({"source": "broken"}, ValueError, r"layers\.1\.ffn\.up: weights are not finite before pruning"),
-        ({"out": "dense"}, ConfigError, "exists already"),
+        ({"out": "dense"}, ConfigError, "is the model that is read"),
+        ({"out": "broken"}, ConfigError, "exists already"),
     ],
 )
 def test_what_is_refused_leaves_nothing(home, changes, error, told):
@@ -183,10 +184,11 @@ def test_damaged_packed_folders(home, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["zeros", "packed"])
-def test_pytorch_sees_the_same_logits(home, form):
+def test_pytorch_sees_the_same_logits(home, form, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     import transformers
 
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = home / f"for-torch-{form}"
     hf.prune_folder(home / "dense", folder, IDS, pattern=NofM(2, 4), packed=form == "packed", attention=SparseGpt())
     config, params = hf.load(folder)
