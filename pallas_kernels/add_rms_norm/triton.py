@@ -39,15 +39,18 @@ def add_rms_norm(
 
 
 def _kernel(x_ref: Any, scale_ref: Any, *refs: Any, eps: float, size: int, width: int) -> None:
-    row, columns = pl.program_id(0), pl.ds(0, size)
-    mask = None if size == width else jnp.arange(size) < width
-    y = plt.load(x_ref.at[row, columns], mask=mask, other=None if mask is None else 0.0)
+    row, columns, mask = pl.program_id(0), pl.ds(0, size), None
+    if size > width:  # a slice may not reach beyond an array, indices may where a mask leaves them out
+        columns = jnp.arange(size)
+        mask = columns < width
+    rows = row if mask is None else jnp.full_like(columns, row)
+    y = plt.load(x_ref.at[rows, columns], mask=mask, other=None if mask is None else 0.0)
     if len(refs) == 3:
         delta_ref, out_ref, sum_ref = refs
-        y = y + plt.load(delta_ref.at[row, columns], mask=mask, other=None if mask is None else 0.0)
-        plt.store(sum_ref.at[row, columns], y, mask=mask)
+        y = y + plt.load(delta_ref.at[rows, columns], mask=mask, other=None if mask is None else 0.0)
+        plt.store(sum_ref.at[rows, columns], y, mask=mask)
     else:
         (out_ref,) = refs
     scale = plt.load(scale_ref.at[columns], mask=mask, other=None if mask is None else 0.0)
     normed = y * jax.lax.rsqrt(jnp.sum(y * y) / width + eps) * scale
-    plt.store(out_ref.at[row, columns], normed.astype(out_ref.dtype), mask=mask)
+    plt.store(out_ref.at[rows, columns], normed.astype(out_ref.dtype), mask=mask)
