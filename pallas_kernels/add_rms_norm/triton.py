@@ -39,7 +39,9 @@ def add_rms_norm(
 
 
 def _kernel(x_ref: Any, scale_ref: Any, *refs: Any, eps: float, size: int, width: int) -> None:
-    row, columns, mask = pl.program_id(0), pl.ds(0, size), None
+    row = pl.program_id(0)
+    columns: Any = pl.ds(0, size)
+    mask: Any = None
     if size > width:  # a slice may not reach beyond an array, indices may where a mask leaves them out
         columns = jnp.arange(size)
         mask = columns < width
