@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict promotion: set before anything touches jax."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,3 +13,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # of LLVM: the tests' time is compilation, not arithmetic
+
+# transformers imports remote code from one folder a process, whose name it reads once.
+MODULES = tempfile.TemporaryDirectory(prefix="jsparse-tests-")
+os.environ["HF_MODULES_CACHE"] = MODULES.name

@@ -136,12 +136,11 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", [Silu(), configs.FatRelu(0.05), configs.Cett()])
-def test_torch(activation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch(activation: Any, tmp_path: Path) -> None:
     """transformers computes the same logits from the folder, and decodes the same text with its cache."""
     torch = pytest.importorskip("torch")
     import transformers
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     config = dataclasses.replace(CONFIG, activation=activation, attention_bias=False, mlp_bias=False)
     params = random_params(config)
     hf.save(tmp_path / "model", config, params)

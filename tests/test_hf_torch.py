@@ -35,12 +35,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def private_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies remote code to a cache and imports it from there."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
 def params_of(config: LlamaConfig) -> model.Params:
     """Random, with thresholds that drop about half of CETT's neurons."""
     params = random_params(config)

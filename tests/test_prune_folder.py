@@ -184,11 +184,10 @@ def test_damaged_packed_folders(home, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["zeros", "packed"])
-def test_pytorch_sees_the_same_logits(home, form, tmp_path, monkeypatch):
+def test_pytorch_sees_the_same_logits(home, form):
     torch = pytest.importorskip("torch")
     import transformers
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = home / f"for-torch-{form}"
     hf.prune_folder(home / "dense", folder, IDS, pattern=NofM(2, 4), packed=form == "packed", attention=SparseGpt())
     config, params = hf.load(folder)
