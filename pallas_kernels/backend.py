@@ -15,7 +15,7 @@ import jax
 
 Implementation = Literal["reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"]
 
-_PREFERRED: dict[str, tuple[Implementation, ...]] = {"gpu": ("triton", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
+_PREFERRED: dict[str, Implementation] = {"gpu": "triton", "tpu": "mosaic_tpu"}  # by platform; Mosaic GPU is asked for
 
 
 def choose(package: str, implementation: Implementation | None, *call: Any) -> Any:
@@ -23,7 +23,7 @@ def choose(package: str, implementation: Implementation | None, *call: Any) -> A
 
     Args:
         package: the operation's package, as in `pallas_kernels.block_sparse_ffn`.
-        implementation: a backend's name, or None: the first of the platform's that takes the call, else "xla".
+        implementation: a backend's name, or None: the platform's preferred one where it takes the call, else "xla".
         call: what the backends' `unsupported` is asked about.
     Raises:
         ValueError: the named backend does not exist or cannot take this call.
@@ -37,13 +37,12 @@ def choose(package: str, implementation: Implementation | None, *call: Any) -> A
         if reason is not None:
             raise ValueError(f"implementation {implementation!r}: {reason}")
         return module
-    for name in _PREFERRED.get(jax.default_backend(), ()):
-        try:
-            module = importlib.import_module(f"{package}.{name}")
-        except ImportError:
-            continue
+    try:
+        module = importlib.import_module(f"{package}.{_PREFERRED.get(jax.default_backend(), 'xla')}")
         if module.unsupported(*call) is None:
             return module
+    except ImportError:  # the operation, or this JAX, has no such backend
+        pass
     return importlib.import_module(f"{package}.xla")
 
 

@@ -92,7 +92,7 @@ class Team:
     def put_products(self, ref: Any, row: jax.Array) -> None:
         """Its part of row . x for every token, warp by warp: ref [B, warpgroups, 4]."""
         for b, x in enumerate(self._xs):
-            ref[b, self.group] = jnp.sum(jnp.sum(row * x, axis=0), axis=1)
+            store(ref.at[b, self.group], jnp.sum(jnp.sum(row * x, axis=0), axis=1))
 
     def get_product(self, ref: Any) -> jax.Array:
         """A token's product, after all have put their parts and met: ref [warpgroups, 4]."""
@@ -104,6 +104,17 @@ class Team:
         if self.cut.warpgroups > 1:
             plgpu.barrier_arrive(self._met)
             plgpu.barrier_wait(self._met)
+
+
+def store(ref: Any, values: jax.Array) -> None:
+    """Stores an array in the layout that it has, whether or not banks conflict.
+
+    From JAX 0.12 on a plain store demands that they do not, and the search for layouts that would allow it has no end.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
 
 
 def launch(
@@ -143,12 +154,12 @@ def launch(
         def emit(sums: Sequence[jax.Array]) -> None:
             for b, y in enumerate(sums):
                 if in_place:
-                    staged[team.group] = y
+                    store(staged.at[team.group], y)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(staged.at[team.group], out_ref.at[b, team.own], reduction_op="add")
                     plgpu.wait_smem_to_gmem(0)
                 else:
-                    out_ref[jax.lax.axis_index("block"), b, team.own] = y
+                    store(out_ref.at[jax.lax.axis_index("block"), b, team.own], y)
 
         kernel(team, emit, weight_refs, operand_refs, scratch_refs)
 
@@ -186,8 +197,8 @@ def unsupported(x: jax.Array) -> str | None:
     """Why the kernels cannot take these tokens, or None."""
     tokens, width = x.shape
     quantum = 512 // x.dtype.itemsize
-    if jax.__version_info__[:2] != (0, 11):  # 0.10 lacks the interpreter; 0.12 takes minutes to infer layouts, or fails
-        return f"expected JAX 0.11, got {jax.__version__}"
+    if jax.__version_info__ < (0, 11):  # before, it has no public interpreter
+        return f"expected JAX 0.11 or newer, got {jax.__version__}"
     if not 1 <= tokens <= 4:
         return f"expected 1 to 4 tokens, got {tokens}"
     if width % quantum:
