@@ -1,8 +1,12 @@
 """Pruning from folder to folder, and packed matrices in folders."""
 
+import dataclasses
+import functools
 import json
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +19,13 @@ from jsparse.hf import prune as hf_prune
 from jsparse.methods.dass import Dass
 from jsparse.methods.packing import pack_params, unpack_params
 from jsparse.methods.patterns import ATTENTION, MLP, NofM, Ratio, check_claim, get, observe
-from jsparse.methods.pruning import Magnitude, SparseGpt, Wanda, prune
+from jsparse.methods.pruning import Magnitude, Wanda, prune
 from pallas_kernels import PackedNM
 from tests.helpers import random_params, tiny_config, tokens
 
-CONFIG = tiny_config(vocab_size=68, num_hidden_layers=3)
+CONFIG = tiny_config(vocab_size=68)
 IDS = tokens(CONFIG, 5, 16)
+WAYS: Any = dict(pattern=NofM(2, 4), mlp=Dass(), attention=Wanda(), batch_size=2)  # of most runs: compiled once
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,16 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("folders")
     hf.save(home / "dense", CONFIG, random_params(CONFIG))
     hf.save(home / "half", CONFIG, model.cast(random_params(CONFIG), CONFIG, jnp.bfloat16), max_shard_bytes=1e4)
-    hf.prune_folder(home / "dense", home / "packed", IDS, pattern=NofM(2, 4), packed=True, batch_size=2)
+    hf.prune_folder(home / "dense", home / "zeros", IDS, **WAYS, about={"command": "prune"})
+    hf.prune_folder(home / "dense", home / "packed", IDS, **WAYS, packed=True)
     return home
+
+
+@functools.cache
+def expected():
+    """What `prune` makes of the model in memory: its parameters and the report."""
+    params, _, report = prune(random_params(CONFIG), CONFIG, IDS, **WAYS)
+    return params, report
 
 
 def assert_same(got, expected):
@@ -38,22 +51,32 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("how", ["one device", "sharded"])
-def test_folder_to_folder_is_what_prune_does(home, how):
-    ways = dict(pattern=NofM(2, 4), mlp=Dass(), attention=Wanda(), batch_size=2)
-    expected, _, report = prune(hf.load(home / "dense")[1], CONFIG, IDS, **ways)
-    out = home / f"out-{how}"
-    if how == "sharded":
-        mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-        with jax.set_mesh(mesh):
-            found = hf.prune_folder(home / "dense", out, IDS, mesh=mesh, **ways)
-    else:
-        found = hf.prune_folder(home / "dense", out, IDS, about={"command": "prune"}, **ways)
-        assert json.loads((out / "prune.json").read_text())["command"] == "prune"
-    config, got = hf.load(out)
+def test_folder_to_folder_is_what_prune_does(home):
+    params, report = expected()
+    config, got = hf.load(home / "zeros")
     assert config == CONFIG
-    assert_same(got, expected)
-    assert found.report == report and found.bytes == found.dense_bytes
+    assert_same(got, params)
+    told = json.loads((home / "zeros" / "prune.json").read_text())
+    assert told.pop("command") == "prune" and told.pop("bytes") == told.pop("dense_bytes")
+    assert told == json.loads(json.dumps(dataclasses.asdict(report)))
+
+    mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        found = hf.prune_folder(home / "dense", home / "sharded", IDS, mesh=mesh, **WAYS)
+    assert_same(hf.load(home / "sharded")[1], params)
+    assert found.report == report
+
+
+def test_the_report_is_there_when_the_folder_appears(home, monkeypatch):
+    rename, seen = os.rename, []
+
+    def look(source, target):
+        seen.append({path.name for path in Path(source).iterdir()})
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", look)
+    hf.prune_folder(home / "dense", home / "seen", pattern=NofM(2, 4), mlp=Magnitude())
+    assert len(seen) == 1 and {"config.json", "model.safetensors", "prune.json"} < seen[0]
 
 
 def test_tensors_keep_their_dtype_whatever_computes(home):
@@ -118,17 +141,17 @@ def test_what_is_refused_leaves_nothing(home, changes, error, told):
 
 
 def test_packed_folder_is_the_model_that_prune_makes(home):
-    expected, _, _ = prune(random_params(CONFIG), CONFIG, IDS, pattern=NofM(2, 4), batch_size=2)
+    params, _ = expected()
     config, got = hf.load(home / "packed")
     assert config == CONFIG
-    assert_same(got, expected)
+    assert_same(got, params)
     about = json.loads((home / "packed" / "config.json").read_text())
     assert about["packed"] == {"gate_proj": "2:4 output", "up_proj": "2:4 output", "down_proj": "2:4 input"}
     told = json.loads((home / "packed" / "prune.json").read_text())
     files = sum(f.stat().st_size for f in (home / "packed").glob("*.safetensors"))
     assert told["bytes"] < told["dense_bytes"] and abs(files - told["bytes"]) < 8000
 
-    mlp = sum(get(expected["layers"], name).nbytes for name in MLP)
+    mlp = sum(get(params["layers"], name).nbytes for name in MLP)
     assert told["dense_bytes"] - told["bytes"] == mlp - mlp * (2 * 32 + 2 * 2) // (4 * 32)
 
 
@@ -137,7 +160,7 @@ def test_packed_leaves(home):
     _, dense = hf.load(home / "packed")
     for name in MLP:
         leaf = get(params["layers"], name)
-        assert isinstance(leaf, PackedNM) and leaf.values.shape[0] == 3
+        assert isinstance(leaf, PackedNM) and leaf.values.shape[0] == 2
         assert (leaf.n, leaf.m, leaf.axis) == (2, 4, "input" if name == "ffn.down" else "output")
     assert_same(unpack_params(params), dense)
     assert_same(pack_params(dense), params)
@@ -149,7 +172,6 @@ def test_packed_leaves(home):
     )
     hf.save(home / "again", config, params)
     assert_same(hf.load(home / "again", packed=True)[1], params)
-    hf.save(home / "zeros", config, dense)
     assert_same(hf.load(home / "zeros", packed=True)[1], params)  # zeros that make a pattern are packed as they come
     assert jax.tree.structure(hf.load(home / "dense", packed=True)[1]) == jax.tree.structure(random_params(CONFIG))
 
@@ -188,8 +210,7 @@ def test_pytorch_sees_the_same_logits(home, form):
     torch = pytest.importorskip("torch")
     import transformers
 
-    folder = home / f"for-torch-{form}"
-    hf.prune_folder(home / "dense", folder, IDS, pattern=NofM(2, 4), packed=form == "packed", attention=SparseGpt())
+    folder = home / form
     config, params = hf.load(folder)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=form == "packed", attn_implementation="eager"

@@ -46,7 +46,7 @@ from jsparse.methods.sparsegpt import SparseGpt, dampings, sparsegpt
 from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 
 CONFIG = tiny_config(vocab_size=68)
-METHODS = (Dass(), Wanda(), SparseGpt(), Magnitude(), Ria())
+fast_sparsegpt = jax.jit(sparsegpt, static_argnames=("pattern", "damp", "block"))
 
 
 def bits(text: str) -> np.ndarray:
@@ -103,13 +103,13 @@ W83 = ((5 * R3 + 7 * np.arange(8) + 3 * R3 * np.arange(8) + 2) % 13 - 6).T.astyp
 
 
 def test_sparsegpt_golden():
-    w, mask, _ = sparsegpt(W83, HESSIAN, NofM(2, 4))
+    w, mask, _ = fast_sparsegpt(W83, HESSIAN, NofM(2, 4))
     expected = [[-4, 0, 0, 4.74694, 0, 0, 6.58633, 15.83062], [0, 0, -5.33238, 5.16622, 0, 0, -6.78363, 3.71379],
                 [0, 0, 4.0057, 6.99734, 0, 0, 6.95901, 9.95153]]  # fmt: skip
     np.testing.assert_allclose(w, np.transpose(expected), rtol=1e-3)
     np.testing.assert_array_equal(mask, bits("10010011, 00110011, 00110011"))
     assert not w[1].any()  # the input that is always 0
-    _, mask, _ = sparsegpt(W83, HESSIAN, Ratio(0.5))
+    _, mask, _ = fast_sparsegpt(W83, HESSIAN, Ratio(0.5))
     np.testing.assert_array_equal(mask, bits("00000111, 00000011, 00111111"))
     wanda = keep_largest(wanda_scores(W83, jnp.asarray((X20**2).sum(1), jnp.float32)), NofM(2, 4), "input")
     np.testing.assert_array_equal(wanda, bits("10010101, 00110011, 10100011"))
@@ -172,7 +172,7 @@ def torch_sparsegpt(w: Any, x: Any, pattern: Any, sequences: int, block: int) ->
     return w, keep
 
 
-@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(4, 8), NofM(1, 4), Ratio(0.5), Ratio(0.7)])
+@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(3, 8), Ratio(0.7)], ids=str)
 def test_masks_agree_with_pytorch(pattern):
     torch = pytest.importorskip("torch")
     w, x = layer_of(40, 24)
@@ -184,7 +184,7 @@ def test_masks_agree_with_pytorch(pattern):
     count = 50_000  # of sequences, so many that the 1 of a dead input's diagonal counts in the damping
     expected, expected_keep = torch_sparsegpt(tw, tx, pattern, count, block)
     hessian = jnp.asarray(2 / count * x @ x.T)
-    got, keep, _ = jax.jit(functools.partial(sparsegpt, pattern=pattern, block=block))(w, hessian)
+    got, keep, _ = fast_sparsegpt(w, hessian, pattern, block=block)
     np.testing.assert_array_equal(keep, expected_keep.numpy().T)
     np.testing.assert_allclose(got, expected.numpy().T, atol=2e-4)
 
@@ -239,23 +239,24 @@ def test_blocks_agree_with_pytorch(pattern):
 
 def test_sparsegpt_is_explicit_obs():
     """Each input's removal is the optimal one among the inputs after it: least squares, solved anew each time."""
-    w, x = layer_of(8, 5)
+    w, x = layer_of(8, 3)
     h = (2 / 10 * x @ x.T).astype(np.float64)
-    got, keep, _ = sparsegpt(w, jnp.asarray(h, jnp.float32), NofM(2, 4))
+    got, keep, _ = fast_sparsegpt(w, jnp.asarray(h, jnp.float32), NofM(2, 4))
     h += 0.01 * np.mean(np.diag(h)) * np.eye(8)
     expected = w.astype(np.float64)
     for i in range(8):
         inverse = np.linalg.inv(h[i:, i:])  # of what is still free
-        for o in range(5):
+        for o in range(3):
             if not keep[i, o]:
                 expected[i:, o] -= expected[i, o] / inverse[0, 0] * inverse[:, 0]
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_sparsegpt_loses_less_than_wanda_and_magnitude():
-    w, x = layer_of(64, 16)
+    w, x = layer_of(40, 24)
     masks = [keep_largest(scores, NofM(2, 4), "input") for scores in (np.abs(w), wanda_scores(w, (x**2).sum(1)))]
-    outputs = [np.where(mask, w, 0) for mask in masks] + [sparsegpt(w, jnp.asarray(2 / 8 * x @ x.T), NofM(2, 4))[0]]
+    outputs = [np.where(mask, w, 0) for mask in masks]
+    outputs.append(fast_sparsegpt(w, jnp.asarray(2 / 8 * x @ x.T), NofM(2, 4), block=16)[0])
     magnitude, wanda, moved = (np.square((np.asarray(v) - w).T @ x).sum() for v in outputs)
     assert moved < wanda < magnitude
 
@@ -273,9 +274,9 @@ def test_sparsegpt_damps_a_hessian_that_is_not_positive_definite_until_it_is():
     x = nearly_constant(256, 1024).astype(jnp.float32)
     h = 2 / 8 * x.T @ x
     h = h - 0.02 * jnp.mean(jnp.diag(h)) * jnp.eye(256)  # as rounding leaves it with more channels and tokens
-    got, keep, place = sparsegpt(w, h, NofM(2, 4))
+    got, keep, place = fast_sparsegpt(w, h, NofM(2, 4))
     assert dampings(0.01) == [0.01, 0.1, 1.0] and place == 1
-    expected, expected_keep, place = sparsegpt(w, h, NofM(2, 4), damp=0.1)
+    expected, expected_keep, place = fast_sparsegpt(w, h, NofM(2, 4), damp=0.1)
     assert place == 0
     np.testing.assert_array_equal(keep, expected_keep)
     np.testing.assert_array_equal(got, expected)
@@ -285,21 +286,20 @@ def test_sparsegpt_damps_a_hessian_that_is_not_positive_definite_until_it_is():
 
 
 def test_prune_tells_a_raised_damping():
-    params, ids = random_params(CONFIG), tokens(CONFIG, 2, 8)
-    layer = pick(params["layers"], 0)
-    plan = (("ffn.gate", SparseGpt()), ("ffn.up", SparseGpt(damp=1.0)))
+    layer = pick(random_params(CONFIG)["layers"], 0)
+    plan = (("ffn.gate", SparseGpt()),)
     gram = jnp.ones((CONFIG.hidden_size,) * 2) - 0.05 * jnp.eye(CONFIG.hidden_size)
     stats = {"ffn": Stats(jnp.diag(gram), gram, jnp.float32(2))}
     *_, places = prune_block(layer, stats, plan, NofM(2, 4))
-    assert {name: int(place) for name, place in places.items()} == {"ffn.gate": 1, "ffn.up": 0}
-    *_, found = prune(params, CONFIG, ids, pattern=NofM(2, 4), mlp=SparseGpt(), attention=Wanda())
+    assert {name: int(place) for name, place in places.items()} == {"ffn.gate": 1}
+    *_, found = pruned(SparseGpt(), Wanda(), NofM(2, 4))
     assert {(row.method, row.damp) for row in found.matrices} == {("sparsegpt", 0.01), ("wanda", None)}
 
 
 def test_sparsegpt_by_groups_does_not_depend_on_the_block():
-    w, x = layer_of(40, 6)
+    w, x = layer_of(40, 24)
     h = jnp.asarray(2 / 8 * x @ x.T)
-    results = [sparsegpt(w, h, NofM(2, 4), block=block) for block in (4, 128)]
+    results = [fast_sparsegpt(w, h, NofM(2, 4), block=block) for block in (16, 128)]
     for got, keep, _ in results[1:]:
         np.testing.assert_array_equal(keep, results[0][1])
         np.testing.assert_allclose(got, results[0][0], atol=1e-4)
@@ -380,29 +380,34 @@ def axes(mlp: Any, attention: Any, pattern: Any) -> dict[str, Any]:
     return {name: compared(name, method, pattern) for name, method in plan}
 
 
+WAYS: Any = dict(pattern=NofM(2, 4), mlp=Dass(), attention=Wanda(), batch_size=2)  # of most runs: compiled once
+
+
 @functools.cache
 def pruned(mlp: Any, attention: Any, pattern: Any) -> Any:
     ids = tokens(CONFIG, 5, 16)
     return prune(random_params(CONFIG), CONFIG, ids, pattern=pattern, mlp=mlp, attention=attention, batch_size=2)
 
 
-@pytest.mark.parametrize("pattern", [NofM(2, 4), Ratio(0.5)], ids=str)
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.type)
-def test_every_method_prunes_a_model(method, pattern):
-    attention = Wanda() if isinstance(method, Dass) else method
-    attention = attention if isinstance(pattern, NofM) else None
-    params, masks, report = pruned(method, attention, pattern)
+@pytest.mark.parametrize(
+    ("mlp", "attention", "pattern"),
+    [(Dass(), Wanda(), NofM(2, 4)), (SparseGpt(), Wanda(), NofM(2, 4)), (Ria(), SparseGpt(), Ratio(0.5)),
+     (Magnitude(), None, Ratio(0.5))],
+    ids=lambda x: getattr(x, "type", str(x)),
+)  # fmt: skip
+def test_every_method_prunes_a_model(mlp, attention, pattern):
+    params, masks, report = pruned(mlp, attention, pattern)
     original = random_params(CONFIG)
     assert jax.tree.structure(params) == jax.tree.structure(original)
-    check_pattern(params, pattern, axes(method, attention, pattern))
-    check_pattern(masks, pattern, axes(method, attention, pattern))
+    check_pattern(params, pattern, axes(mlp, attention, pattern))
+    check_pattern(masks, pattern, axes(mlp, attention, pattern))
     assert masks["embed"] is None and masks["layers"]["ffn_norm"]["scale"] is None
     names = MLP + ATTENTION if attention else MLP
     for name in names:
         part, leaf = name.split(".")
         before, after, mask = (np.asarray(t["layers"][part][leaf]) for t in (original, params, masks))
         assert mask.shape == after.shape == before.shape and not after[~mask].any()
-        if not isinstance(method, SparseGpt):
+        if not isinstance(attention if name in ATTENTION else mlp, SparseGpt):
             np.testing.assert_array_equal(after[mask], before[mask])
     assert len(report.matrices) == 2 * len(names) and abs(report.mlp_sparsity - 0.5) < 0.01
     zeros = sum(int((np.asarray(x) == 0).sum()) for x in jax.tree.leaves(params))
@@ -415,9 +420,11 @@ def test_streaming_equals_the_whole_model():
     ids = tokens(CONFIG, 5, 16)
     params, masks, _ = pruned(Dass(), Wanda(), NofM(2, 4))
     dense = random_params(CONFIG)
+    probe = jax.tree_util.Partial(lambda trace: jnp.sum(trace.hidden**2, (0, 1)))
+    forward = jax.jit(functools.partial(model.forward, config=CONFIG, probe=probe))
     for i in range(2):
         mixed = jax.tree.map(lambda a, b, i=i: jnp.concatenate([a[:i], b[i:]]), params["layers"], dense["layers"])
-        output = model.forward(dense | {"layers": mixed}, ids, CONFIG, probe=lambda t: jnp.sum(t.hidden**2, (0, 1)))
+        output = forward(dense | {"layers": mixed}, ids)
         layer = dense["layers"]["ffn"]
         for name in ("gate", "up"):
             expected = keep_largest(dass.input_scores(layer[name][i], output.aux[i]), NofM(2, 4), "output")
@@ -477,18 +484,17 @@ def test_the_same_by_another_way(change):
 
 
 def test_bfloat16_is_scored_in_float32():
-    params = model.cast(random_params(CONFIG), CONFIG, jnp.bfloat16)
-    got, _, _ = prune(params, CONFIG, pattern=NofM(2, 4), mlp=Magnitude())
-    gate = params["layers"]["ffn"]["gate"]
-    assert got["layers"]["ffn"]["gate"].dtype == jnp.bfloat16
-    expected = [keep_largest(jnp.abs(w.astype(jnp.float32)), NofM(2, 4), "input") for w in gate]
-    np.testing.assert_array_equal(got["layers"]["ffn"]["gate"] != 0, expected)
+    gate = random_params(CONFIG)["layers"]["ffn"]["gate"][0].astype(jnp.bfloat16)
+    weights, _, _ = prune_block({"ffn": {"gate": gate}}, {}, (("ffn.gate", Magnitude()),), NofM(2, 4))
+    assert weights["ffn.gate"].dtype == jnp.bfloat16
+    expected = keep_largest(jnp.abs(gate.astype(jnp.float32)), NofM(2, 4), "input")
+    np.testing.assert_array_equal(weights["ffn.gate"] != 0, expected)
 
 
 def test_dead_channels_are_counted():
     params = random_params(CONFIG)
     params["layers"]["ffn"]["up"] = params["layers"]["ffn"]["up"].at[1, :, 5].set(0.0)
-    _, masks, report = prune(params, CONFIG, tokens(CONFIG, 2, 8), pattern=NofM(2, 4))
+    _, masks, report = prune(params, CONFIG, tokens(CONFIG, 2, 16), **WAYS)
     assert {row.name: row.dead for row in report.matrices if row.dead} == {f"layers.1.{name}": 1 for name in MLP}
     assert not masks["layers"]["ffn"]["gate"][1, :, 5].any()
 
@@ -543,28 +549,32 @@ def test_claims_and_what_zeros_make():
 
 
 def test_hold_keeps_zeros_through_training():
-    params, masks, _ = pruned(Dass(), None, NofM(2, 4))
+    params, masks, _ = pruned(Dass(), Wanda(), NofM(2, 4))
     optimizer = optax.chain(optax.adamw(1e-2, weight_decay=0.1), hold(masks))
 
     def loss(params: Any) -> jax.Array:  # wants every weight to be 1
         return sum(jnp.sum((x - 1.0) ** 2) for x in jax.tree.leaves(params))
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    trained, state = params, optimizer.init(params)
+    trained, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    lowered = step.lower(trained, state).as_text()
+    assert "xi1>" not in "".join(line for line in lowered.splitlines() if "constant" in line)  # masks are arguments
     for _ in range(3):
         trained, state = step(trained, state)
-    check_pattern(trained, NofM(2, 4), axes(Dass(), None, NofM(2, 4)))
+    check_pattern(trained, NofM(2, 4), axes(Dass(), Wanda(), NofM(2, 4)))
     gate, mask = trained["layers"]["ffn"]["gate"], masks["layers"]["ffn"]["gate"]
     assert (np.asarray(gate != params["layers"]["ffn"]["gate"]) == np.asarray(mask)).all()
     assert (np.asarray(trained["embed"]) != np.asarray(params["embed"])).any()
     misfit = masks | {"embed": jnp.ones((3, 3), bool)}
     with pytest.raises(ValueError, match=r"embed: expected a mask of shape \(68, 32\), got \(3, 3\)"):
         hold(misfit).init(params)
+    with pytest.raises(ValueError, match=r"masks: expected the parameters' form .* got \d+ leaves for \d+$"):
+        hold(masks).init(model.unstack(params))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -605,16 +615,16 @@ def test_what_prune_refuses():
 
 
 def test_what_is_not_finite_is_named():
-    params, ids = random_params(CONFIG), tokens(CONFIG, 2, 8)
+    params, ids = random_params(CONFIG), tokens(CONFIG, 2, 16)
     up = params["layers"]["ffn"]["up"]
     with pytest.raises(ValueError, match=r"layers\.1\.hidden: expected finite statistics .* inf in channel 7"):
         bad = params["layers"] | {"ffn": params["layers"]["ffn"] | {"up": up.at[1, :, 7].set(1e30)}}
-        prune(params | {"layers": bad}, CONFIG, ids, pattern=NofM(2, 4))
+        prune(params | {"layers": bad}, CONFIG, ids, **WAYS)
     with pytest.raises(ValueError, match=r"layers\.1\.ffn\.up: weights are not finite before pruning"):
         bad = params["layers"] | {"ffn": params["layers"]["ffn"] | {"up": up.at[1, 2, 7].set(np.nan)}}
         prune(params | {"layers": bad}, CONFIG, pattern=NofM(2, 4), mlp=Magnitude())
     w, x = layer_of(8, 4, samples=2)
-    assert np.isnan(sparsegpt(w, jnp.asarray(x @ x.T) - 1e-2 * jnp.eye(8), NofM(2, 4), damp=0.0)[0]).any()
+    assert np.isnan(fast_sparsegpt(w, jnp.asarray(x @ x.T) - 1e-2 * jnp.eye(8), NofM(2, 4), damp=0.0)[0]).any()
 
 
 def test_remainders_are_refused_or_skipped():

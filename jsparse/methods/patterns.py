@@ -299,32 +299,45 @@ def _name(path: Any) -> str:
     return ".".join(str(getattr(key, "key", "")) for key in path[-2:])
 
 
+class HoldState(NamedTuple):
+    """The masks, in the optimizer's state: an argument of the step like all of it, so never compiled into it, and saved
+    and sharded with it."""
+
+    masks: Any
+
+
 def hold(masks: Any) -> optax.GradientTransformation:
     """Keeps pruned weights at 0 while a pruned model is trained on: the last link of an optimizer's chain.
 
         optimizer = optax.chain(optax.adamw(1e-4), hold(masks))
 
     Args:
-        masks: as `pruning.prune` returns them: the parameters' tree, bool (True is kept) or None where dense.
+        masks: as `pruning.prune` returns them: the parameters' tree, bool (True is kept) or None where dense. They are
+            copied, so that the optimizer's state can be donated.
 
     Raises:
-        ValueError: from `init`, where a mask does not fit its parameter.
+        ValueError: from `init`, where the masks are not of the parameters' form or one does not fit its parameter.
     """
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: Any) -> HoldState:
+        form, expected = jax.tree.structure(masks, is_leaf=_is_none), jax.tree.structure(params)
+        if form != expected:
+            raise ValueError(f"masks: expected the parameters' form (layers stacked, or a list, as they are), got "
+                             f"{form.num_leaves} leaves for {expected.num_leaves}")  # fmt: skip
+
         def fit(path: Any, mask: Any, x: Any) -> None:
             if mask is not None and mask.shape != x.shape:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ValueError(f"{name}: expected a mask of shape {x.shape}, got {mask.shape}")
 
         jax.tree_util.tree_map_with_path(fit, masks, params, is_leaf=_is_none)
-        return optax.EmptyState()
+        return HoldState(jax.tree.map(jnp.copy, masks))
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: HoldState, params: Any = None) -> tuple[Any, HoldState]:
         def held(mask: Any, x: Any) -> Any:
             return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
-        return jax.tree.map(held, masks, updates, is_leaf=_is_none), state
+        return jax.tree.map(held, state.masks, updates, is_leaf=_is_none), state
 
     return optax.GradientTransformation(init, update)
 
