@@ -28,6 +28,7 @@ from jsparse.config import (
     ShiftedRelu,
     YarnRope,
 )
+from jsparse.model import modules
 from tests.helpers import (
     assert_trees_close,
     from_torch,
@@ -222,6 +223,22 @@ def decoded(params, ids, config, chunks, start=None) -> np.ndarray:
 
 ONE_BY_ONE = (1,) * 10
 CHUNKED = (4, 4, 1, 1)
+
+
+def test_causal_attention_by_stretches(monkeypatch):
+    """What a CPU does with long sequences, stretch by stretch, the last one shorter: values and gradients."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 20, heads, 4)) for i, heads in enumerate((4, 2, 2)))
+
+    def whole(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+    def loss(attend):
+        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v))), argnums=(0, 1, 2)))
+
+    monkeypatch.setattr(modules, "_STRETCH", 8)
+    with jax.numpy_dtype_promotion("standard"):
+        got, expected = loss(lambda *x: modules._causal_by_stretches(*x, 0.3))(q, k, v), loss(whole)(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
 @pytest.mark.parametrize("chunks", [ONE_BY_ONE, CHUNKED], ids=["one_by_one", "chunked"])
