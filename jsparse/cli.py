@@ -284,14 +284,15 @@ class Threshold:
         with _model(self.model, self.compute) as (config, params):
             criterion = self.criterion or ("lte" if config.router else "fatrelu")
             params, config, points, point = self._solve(criterion, params, config, given)
-            hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite)
-        values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": criterion,
-                  "goal": given, "setting": point.setting, "perplexity": point.perplexity,
-                  "sparsity": point.sparsity,
-                  "points": [dataclasses.asdict(p) | {"threshold": p.setting} for p in points]}  # fmt: skip
+            values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": criterion,
+                      "goal": given, "setting": point.setting, "perplexity": point.perplexity,
+                      "sparsity": point.sparsity,
+                      "points": [dataclasses.asdict(p) | {"threshold": p.setting} for p in points]}  # fmt: skip
+            hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite,
+                    extra={"threshold.json": json.dumps(values, indent=1) + "\n"})  # fmt: skip
         print(f"{self.out}: {criterion} at {point.setting:.5g}, perplexity {point.perplexity:.3f}, "
               f"sparsity {point.mean_sparsity:.4f}")  # fmt: skip
-        _write_json(Path(self.out) / "threshold.json", values)
+        print(Path(self.out) / "threshold.json", file=sys.stderr)
 
     def _solve(self, criterion: str, params: Any, config: Any, given: dict[str, float]) -> tuple[Any, Any, Any, Any]:
         """The model that meets the goal, params and config, with the points of the sweep and its own."""
@@ -516,21 +517,22 @@ class Search:
                   f"{len(texts.heldout)} held out, of {self.seq_len} tokens")  # fmt: skip
             found = search.search(params, config, texts, settings, folder=folder, on_stage=print,
                                   progress=_generations())  # fmt: skip
+            report = found.report
+            values = {"command": "search", "settings": dataclasses.asdict(self), **dataclasses.asdict(report)}
             small, shapes = compact(found.params, found.config, found.genome)
-            hf.save(self.out, shapes, small, tokenizer=self.model, overwrite=self.overwrite)
+            hf.save(self.out, shapes, small, tokenizer=self.model, overwrite=self.overwrite,
+                    extra={"subnet.json": json.dumps(values, indent=1) + "\n"})  # fmt: skip
             if self.zero_filled:
                 hf.save(self.zero_filled, found.config, found.params, tokenizer=self.model, overwrite=self.overwrite)
             if self.decilm:
                 small, shapes = compact(found.params, found.config, widened(found.genome, MULTIPLE))
                 hf.save(self.decilm, shapes, small, tokenizer=self.model, format="nemotron-nas",
                         overwrite=self.overwrite)  # fmt: skip
-        report = found.report
         print(f"{self.out}: {report.parameters:,} parameters, {report.keep:.2%} of all, {report.keep_decoder:.2%} of "
               "the decoder's")  # fmt: skip
         print(f"perplexity on the windows held out: dense {report.perplexity_dense:.3f}, subnet "
               f"{report.perplexity_before:.3f}, repaired {report.perplexity:.3f}")  # fmt: skip
-        values = {"command": "search", "settings": dataclasses.asdict(self), **dataclasses.asdict(report)}
-        _write_json(Path(self.out) / "subnet.json", values)
+        print(Path(self.out) / "subnet.json", file=sys.stderr)
 
     def _settings(self) -> Any:
         """Refuses what does not fit before anything is loaded."""

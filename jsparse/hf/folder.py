@@ -204,6 +204,7 @@ def save(
     format: str = "auto",
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model folder that transformers loads. It appears whole or not at all.
 
@@ -222,6 +223,7 @@ def save(
             first of these that holds the model, or "nemotron-nas" (DeciLM: layers whose FFNs alone differ).
         max_shard_bytes: larger models are split into files of at most this size.
         overwrite: replaces an existing model folder, once the new one is complete.
+        extra: text files to lie in the folder too, by name.
 
     Raises:
         ConfigError: the folder exists, the format cannot hold the model, or `tokenizer` has no tokenizer.
@@ -233,7 +235,8 @@ def save(
     check_target(Path(path), overwrite)  # in every process, so that none waits for one that has given up
     tensors = _outgoing(config, params, dtype, packing)
     if jax.process_index() == 0:
-        write_model(Path(path), config, tensors, chosen, tokenizer, max_shard_bytes, overwrite, {}, to_config(packing))
+        write_model(Path(path), config, tensors, chosen, tokenizer, max_shard_bytes, overwrite, extra or {},
+                    to_config(packing))  # fmt: skip
     else:
         for tensor in tensors.values():  # gathering takes every process
             for _ in tensor.rows():
