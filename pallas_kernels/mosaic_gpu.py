@@ -176,7 +176,7 @@ def launch(
             *scratch,
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
+        interpret=interpreter(interpret),
     )
     inputs = cut.view(x), *(cut.view(w) for w in weights), *operands
     if in_place:
@@ -197,8 +197,8 @@ def unsupported(x: jax.Array) -> str | None:
     """Why the kernels cannot take these tokens, or None."""
     tokens, width = x.shape
     quantum = 512 // x.dtype.itemsize
-    if jax.__version_info__ < (0, 11):  # before, it has no public interpreter
-        return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    if reason := too_old():
+        return reason
     if not 1 <= tokens <= 4:
         return f"expected 1 to 4 tokens, got {tokens}"
     if width % quantum:
@@ -206,6 +206,18 @@ def unsupported(x: jax.Array) -> str | None:
     if tokens * width > 16384:
         return f"expected at most 16384 values of x, which stay in registers, got {tokens} x {width}"
     return None
+
+
+def too_old() -> str | None:
+    """Why this JAX cannot run Mosaic GPU kernels, or None."""
+    if jax.__version_info__ < (0, 11):  # before, it has no public interpreter
+        return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    return None
+
+
+def interpreter(interpret: Any) -> Any:
+    """`plgpu.kernel`'s argument, from True, False or the interpreter's own parameters."""
+    return plgpu.InterpretGPUParams() if interpret is True else interpret or None
 
 
 def largest_divisor(n: int, at_most: int) -> int:

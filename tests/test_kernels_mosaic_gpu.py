@@ -9,12 +9,24 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Activation, PackedFFN, Predictor, backend, block_sparse_ffn, neuron_sparse_ffn
+from pallas_kernels import (
+    Activation,
+    BlockSparse,
+    PackedFFN,
+    Predictor,
+    backend,
+    block_sparse_ffn,
+    block_sparse_matmul,
+    neuron_sparse_ffn,
+)
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn.reference import Router
+from pallas_kernels.block_sparse_matmul import reference as matmul_reference
 from pallas_kernels.neuron_sparse_ffn import reference as neuron_reference
 from tests.aot import H100, compile_for
 from tests.kernels import assert_close, random
+from tests.test_kernels_blocks import Case as Product
+from tests.test_kernels_blocks import value_and_gradients
 from tests.test_kernels_ffn import RELU, SILU, Case
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
@@ -23,6 +35,7 @@ if jax.__version_info__ < (0, 11):
 
 from pallas_kernels import mosaic_gpu as shared  # noqa: E402
 from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_sparse  # noqa: E402
+from pallas_kernels.block_sparse_matmul import mosaic_gpu as matmul  # noqa: E402
 from pallas_kernels.neuron_sparse_ffn import mosaic_gpu as neuron_sparse  # noqa: E402
 
 Tuning, Exact = shared.Tuning, neuron_sparse.Tuning
@@ -135,6 +148,53 @@ def test_refusals(case: Case, names: str) -> None:
         )
 
 
+Tiling = matmul.Tuning
+PRODUCTS = {
+    "bfloat16, blocks of 128, a short ring": (
+        Product(tokens=64, inputs=256, outputs=256, block=128, dtype=jnp.bfloat16),
+        Tiling(tokens=64, stages=2, programs=1),
+    ),
+    "float16, tokens beyond two tiles, spare places": (
+        Product(tokens=136, inputs=192, outputs=128, block=64, dtype=jnp.float16, spare=3),
+        Tiling(tokens=64, programs=2),
+    ),
+    "nothing active, fewer tokens than a tile": (
+        Product(tokens=8, inputs=64, outputs=128, block=64, dtype=jnp.bfloat16, density=0.0, spare=3),
+        Tiling(tokens=64, programs=2),
+    ),
+    "all active, blocks that pair with none": (
+        Product(tokens=72, inputs=192, outputs=64, block=64, dtype=jnp.bfloat16, density=1.0),
+        Tiling(tokens=64, stages=3, group=1, programs=2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "tuning"), PRODUCTS.values(), ids=PRODUCTS)
+def test_block_sparse_matmul(case: Product, tuning: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Forward, dX and dW."""
+    x, weight, dy = case.operands()
+
+    def three(module: Any, *how: Any) -> Any:
+        products = module.matmul(x, weight, *how), module.transposed_matmul(dy, weight, *how)
+        return *products, module.block_products(x, dy, weight, *how)
+
+    got = jax.jit(lambda: three(matmul, plgpu.InterpretGPUParams(detect_races=True), tuning))()
+    assert not racing(capfd)
+    assert_close(got, three(matmul_reference), case.dtype)
+
+
+def test_block_sparse_matmul_by_name_in_vmap_and_grad() -> None:
+    case = Product(tokens=16, inputs=128, outputs=64, block=64, dtype=jnp.bfloat16)
+    _, weight, dy = case.operands()
+    xs = jnp.stack([random(seed, case.tokens, case.inputs, dtype=case.dtype) for seed in (10, 11)])
+
+    def values(**how: Any) -> Any:
+        return jax.vmap(lambda x: value_and_gradients(x, weight, dy, **how))(xs)
+
+    got = jax.jit(lambda: values(implementation="mosaic_gpu", interpret=True))()
+    assert_close(got, values(implementation="reference"), case.dtype)
+
+
 @pytest.mark.parametrize(("block", "chosen"), [(8, "triton"), (4, "xla")])
 def test_has_to_be_named(block: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too, and where Triton's kernel does not take the call."""
@@ -142,6 +202,20 @@ def test_has_to_be_named(block: int, chosen: str, monkeypatch: pytest.MonkeyPatc
     package = block_sparse.__name__.rpartition(".")[0]
     module = backend.choose(package, None, NARROW.x(), NARROW.weights(), block)
     assert module.__name__ == f"{package}.{chosen}"
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        (Product(), "expected bfloat16 or float16, got float32"),
+        (Product(dtype=jnp.bfloat16), "expected blocks of 64 or 128, got 32"),
+        (Product(12, 64, 64, 64, 1.0, jnp.bfloat16), "expected a number of tokens that 8 divides, got 12"),
+    ],
+)
+def test_refused_products(case: Product, names: str) -> None:
+    x, weight, _ = case.operands()
+    with pytest.raises(ValueError, match=names):
+        block_sparse_matmul(x, weight, implementation="mosaic_gpu")
 
 
 def test_no_cutoff() -> None:
@@ -201,3 +275,18 @@ def test_neuron_sparse_compiles_for_the_h100(rank: int | None) -> None:
     run = partial(neuron_sparse_ffn, activation=RELU, implementation="mosaic_gpu")
     compiled = compile_for(H100, lambda x, w, r, p: run(x, w, p, residual=r), x, weights, residual, predictor)
     assert "mosaic_gpu" in compiled.as_text()
+
+
+@pytest.mark.parametrize(("block", "dtype"), [(128, jnp.bfloat16), (64, jnp.float16)])
+def test_block_sparse_matmul_compiles_for_the_h100(block: int, dtype: Any) -> None:
+    """Forward and gradients of LLaMA2-7B's gate at half its blocks, and tokens that fill no tile."""
+    inputs, outputs = 4096, 11008
+    rows, columns = inputs // block, outputs // block
+    index = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
+    half = rows * columns // 2
+    values = jax.ShapeDtypeStruct((half, block, block), dtype)
+    weight = BlockSparse(values, index(half), index(half), index(columns + 1), index(half), index(rows + 1))
+    x, dy = (jax.ShapeDtypeStruct((2008, n), dtype) for n in (inputs, outputs))
+    compiled = compile_for(H100, partial(value_and_gradients, implementation="mosaic_gpu"), x, weight, dy)
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 3
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20  # lists; nothing like a matrix

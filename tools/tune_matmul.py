@@ -5,7 +5,7 @@ r"""Checks and times the packed N:M and the block-sparse products on a GPU, and 
 and on a CPU, of no meaning as a measurement:
 
     PYTHONPATH=. python tools/tune_matmul.py --out matmul.json --interpret --shapes 64x128 --layers 1 --steps 1 \
-        --repeats 1 --rounds 1 --batches 1 3 --tokens 64 --matrix 64x128 --block 32 --tune-batches --tune-blocks
+        --repeats 1 --rounds 1 --batches 1 3 --tokens 64 --matrix 64x128 --block 64 --tune-batches --tune-blocks
 
 Decode: gated FFNs of 2:4 weights in bfloat16, the weights of several layers in turn, many tokens in one program, each
 FFN reading what the one before left in the residual stream; beside them the same FFNs dense through XLA (its default,
@@ -32,6 +32,7 @@ import numpy as np
 
 from pallas_kernels import Activation, PackedNM, nm_ffn, nm_matmul, pack, unpack
 from pallas_kernels.block_sparse_matmul import BlockSparse, block_sparse_matmul, pack_blocks
+from pallas_kernels.block_sparse_matmul import mosaic_gpu as block_mosaic
 from pallas_kernels.block_sparse_matmul import triton as block_triton
 from pallas_kernels.nm_matmul import triton as nm_triton
 
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of the block-sparse product")
     parser.add_argument("--matrix", default="4096x11008", help="I x O of the block-sparse product")
     parser.add_argument("--block", type=int, nargs="+", default=[128, 64])
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS), help="of that product")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
     parser.add_argument("--steps", type=int, default=96, help="tokens decoded in one program")
@@ -269,7 +271,7 @@ def training(run: Run, inputs: int, outputs: int) -> None:
     )
     dense = run.try_("dense", lambda: rounds(run, gradients(lambda x, w: x @ w), x, w, dy))
     for size in run.args.block:
-        tunings = dict.fromkeys(PARTS, block_triton.default_tuning(jnp.bfloat16))
+        tunings = {name: dict.fromkeys(PARTS, backend.tilings[0]) for name, backend in BACKENDS.items()}
         for sparsity in sorted(run.args.sparsities, key=lambda s: abs(s - 0.5)):
             mask = np.random.default_rng(0).random((inputs // size, outputs // size)) >= sparsity
             packed = pack_blocks(w, mask)
@@ -280,29 +282,27 @@ def training(run: Run, inputs: int, outputs: int) -> None:
                 return gradients(lambda x, w: x @ jnp.where(mask, w, jnp.bfloat16(0)))(x, w, dy)
 
             masked = run.try_("masked dense", lambda: rounds(run, masked_dense, x, (w, elements), dy))
-            if sparsity == 0.5:
-                run.try_("check blocks", lambda: check_blocks(run, x, packed, dy))
-                if size in run.args.tune_blocks:
-                    tunings = tune_blocks(run, x, packed, dy)
-            parts = {}
-            for name, part in PARTS.items():
-                call = functools.partial(part, interpret=run.args.interpret, tuning=tunings[name])
-                parts[name] = run.try_(name, lambda: rounds(run, call, x, packed, dy))
+            flops = 6 * run.args.tokens * inputs * outputs
+            for name in run.args.backends:
+                if sparsity == 0.5:
+                    run.try_(f"check blocks, {name}", lambda: check_blocks(run, name, x, packed, dy))
+                    if size in run.args.tune_blocks:
+                        tunings[name] = tune_blocks(run, name, x, packed, dy)
+                parts = {part: time_part(run, name, part, tunings[name][part], x, packed, dy) for part in PARTS}
 
-            def three(x: jax.Array, w: BlockSparse, dy: jax.Array) -> Any:
-                f = functools.partial(block_sparse_matmul, implementation="triton", interpret=run.args.interpret)
-                return gradients(f)(x, w, dy)
+                def three(x: jax.Array, w: BlockSparse, dy: jax.Array) -> Any:
+                    f = functools.partial(block_sparse_matmul, implementation=name, interpret=run.args.interpret)
+                    return gradients(f)(x, w, dy)
 
-            default = run.try_("block_sparse_matmul", lambda: rounds(run, three, x, packed, dy))
-            if None in (*parts.values(), default, masked, dense):
-                continue
-            total = sum(parts.values())
-            flops = 6 * run.args.tokens * inputs * outputs * float(mask.mean())
-            run.add(kind="blocks", block=size, sparsity=sparsity, ms=total * 1e3, default_ms=default * 1e3,
-                    masked_dense_ms=masked * 1e3, dense_ms=dense * 1e3, speedup=masked / total,
-                    tflops=flops / total / 1e12, dense_tflops=6 * run.args.tokens * inputs * outputs / dense / 1e12,
-                    **{f"{name}_ms": t * 1e3 for name, t in parts.items()},
-                    tunings={name: str(t) for name, t in tunings.items()})  # fmt: skip
+                default = run.try_(f"block_sparse_matmul, {name}", lambda: rounds(run, three, x, packed, dy))
+                if None in (*parts.values(), default, masked, dense):
+                    continue
+                total = sum(parts.values())
+                run.add(kind="blocks", backend=name, block=size, sparsity=sparsity, ms=total * 1e3,
+                        default_ms=default * 1e3, masked_dense_ms=masked * 1e3, dense_ms=dense * 1e3,
+                        speedup=masked / total, tflops=flops * float(mask.mean()) / total / 1e12,
+                        dense_tflops=flops / dense / 1e12, **{f"{part}_ms": t * 1e3 for part, t in parts.items()},
+                        tunings={part: str(t) for part, t in tunings[name].items()})  # fmt: skip
 
 
 def gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -315,12 +315,51 @@ def gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
     return call
 
 
-# Forward and the two gradients of the kernels, called alike.
+# Forward and the two gradients of a backend's kernels, called alike.
 PARTS: dict[str, Callable[..., jax.Array]] = {
-    "y": lambda x, w, dy, **kw: block_triton.matmul(x, w, **kw),
-    "dx": lambda x, w, dy, **kw: block_triton.transposed_matmul(dy, w, **kw),
-    "dw": lambda x, w, dy, **kw: block_triton.block_products(x, dy, w, **kw),
+    "y": lambda module, x, w, dy, **kw: module.matmul(x, w, **kw),
+    "dx": lambda module, x, w, dy, **kw: module.transposed_matmul(dy, w, **kw),
+    "dw": lambda module, x, w, dy, **kw: module.block_products(x, dy, w, **kw),
 }
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of the block-sparse product and the tilings to try, its default first."""
+
+    module: Any
+    tilings: list[Any]
+
+
+BACKENDS = {
+    "triton": Backend(
+        block_triton,
+        [
+            block_triton.default_tuning(jnp.bfloat16),
+            block_triton.Tuning(stages=3),
+            block_triton.Tuning(warps=4),
+            block_triton.Tuning(depth=32, token_depth=32, warps=4, stages=5),
+            block_triton.Tuning(group=16, warps=4, stages=3),
+        ],
+    ),
+    "mosaic_gpu": Backend(
+        block_mosaic,
+        [
+            block_mosaic.Tuning(),
+            block_mosaic.Tuning(stages=3),
+            block_mosaic.Tuning(group=4),
+            block_mosaic.Tuning(group=16),
+            block_mosaic.Tuning(tokens=64, stages=6),
+            block_mosaic.Tuning(tokens=64, stages=6, group=16),
+        ],
+    ),
+}
+
+
+def time_part(run: Run, backend: str, part: str, tuning: Any, x: jax.Array, w: BlockSparse, dy: jax.Array) -> Any:
+    """Seconds of one of PARTS, or None."""
+    call = functools.partial(PARTS[part], BACKENDS[backend].module, interpret=run.args.interpret, tuning=tuning)
+    return run.try_(f"{part}, {backend}, {tuning}", lambda: rounds(run, call, x, w, dy))
 
 
 def rounds(run: Run, f: Callable[..., Any], x: jax.Array, w: Any, dy: jax.Array) -> float:
@@ -339,25 +378,22 @@ def rounds(run: Run, f: Callable[..., Any], x: jax.Array, w: Any, dy: jax.Array)
     return run.seconds(loop, x, w, dy) / run.args.rounds
 
 
-def tune_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array) -> dict[str, block_triton.Tuning]:
-    """The fastest of a few tilings, for each kernel."""
-    best = dict.fromkeys(PARTS, (float("inf"), block_triton.default_tuning(jnp.bfloat16)))
-    for tokens, depth, warps, stages, group in [
-        (128, 64, 8, 3, 8), (128, 64, 8, 4, 8), (128, 64, 4, 4, 8), (128, 32, 4, 5, 8), (128, 64, 4, 3, 16),
-    ]:  # fmt: skip
-        tuning = block_triton.Tuning(tokens, depth, depth, group, warps, stages)
+def tune_blocks(run: Run, backend: str, x: jax.Array, w: BlockSparse, dy: jax.Array) -> dict[str, Any]:
+    """The fastest tiling for each of PARTS."""
+    tilings = BACKENDS[backend].tilings
+    best = dict.fromkeys(PARTS, (float("inf"), tilings[0]))
+    for tuning in tilings:
         row: dict[str, float] = {}
-        for name, part in PARTS.items():
-            call = functools.partial(part, interpret=run.args.interpret, tuning=tuning)
-            taken = run.try_(f"{name} {tuning}", lambda: rounds(run, call, x, w, dy))
+        for part in PARTS:
+            taken = time_part(run, backend, part, tuning, x, w, dy)
             if taken:
-                best[name] = min(best[name], (taken, tuning), key=lambda pair: pair[0])
-                row[f"{name}_ms"] = taken * 1e3
-        run.add(kind="block tuning", block=w.block_size, tuning=str(tuning), **row)
-    return {name: tuning for name, (_, tuning) in best.items()}
+                best[part] = min(best[part], (taken, tuning), key=lambda pair: pair[0])
+                row[f"{part}_ms"] = taken * 1e3
+        run.add(kind="block tuning", backend=backend, block=w.block_size, tuning=str(tuning), **row)
+    return {part: tuning for part, (_, tuning) in best.items()}
 
 
-def check_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array) -> None:
+def check_blocks(run: Run, backend: str, x: jax.Array, w: BlockSparse, dy: jax.Array) -> None:
     """Value and gradients against XLA's dense products."""
 
     def all_three(**kw: Any) -> Any:
@@ -366,11 +402,12 @@ def check_blocks(run: Run, x: jax.Array, w: BlockSparse, dy: jax.Array) -> None:
         return y, *vjp(dy)
 
     expected = all_three(implementation="xla")
-    got = all_three(implementation="triton", interpret=run.args.interpret)
+    got = all_three(implementation=backend, interpret=run.args.interpret)
     for name, a, b in zip(("y", "dx", "dw"), got, expected, strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
-        run.add(kind="check", what=f"blocks of {w.block_size}, {name}", tokens=x.shape[0], error=error, ok=error < 0.02)
+        what = f"blocks of {w.block_size}, {backend}, {name}"
+        run.add(kind="check", what=what, tokens=x.shape[0], error=error, ok=error < 0.02)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -392,8 +429,8 @@ def print_tables(run: Run, device: str) -> None:
               f"gate, up {row['gate_up']}, down {row['down']}")  # fmt: skip
     for row in kinds.get("blocks", []):
         parts = ", ".join(f"{name} {row[f'{name}_ms']:.3f}" for name in ("y", "dx", "dw"))
-        print(f"blocks of {row['block']:<3} {row['sparsity']:4.0%} {row['ms']:7.3f} ms ({parts}), {row['tflops']:4.0f} "
-              f"TFLOP/s; masked dense {row['masked_dense_ms']:.3f}, dense {row['dense_ms']:.3f}: "
+        print(f"blocks of {row['block']:<3} {row['backend']:10} {row['sparsity']:4.0%} {row['ms']:7.3f} ms ({parts}), "
+              f"{row['tflops']:4.0f} TFLOP/s; masked dense {row['masked_dense_ms']:.3f}, dense {row['dense_ms']:.3f}: "
               f"x{row['speedup']:.2f}; default tuning {row['default_ms']:.3f}")  # fmt: skip
 
 
