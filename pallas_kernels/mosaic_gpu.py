@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.backend import like
+from pallas_kernels.backend import vary_together
 from pallas_kernels.ffn import Activation, PackedFFN, activate
 
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM
@@ -165,7 +165,7 @@ def launch(
 
     run = plgpu.kernel(
         body,
-        out_type=() if in_place else like(x, (blocks, tokens, *parts_shape), jnp.float32),
+        out_type=() if in_place else jax.ShapeDtypeStruct((blocks, tokens, *parts_shape), jnp.float32),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=cut.warpgroups,
@@ -184,7 +184,7 @@ def launch(
         ref = jax.new_ref(cut.view(y))
         run(*inputs, ref)
         return jax.freeze(ref).reshape(tokens, width)
-    y = jnp.sum(run(*inputs), axis=0).reshape(tokens, width)
+    y = jnp.sum(result_of(run, *inputs), axis=0).reshape(tokens, width)
     return y if residual is None else residual + y
 
 
@@ -218,6 +218,11 @@ def too_old() -> str | None:
 def interpreter(interpret: Any) -> Any:
     """`plgpu.kernel`'s argument, from True, False or the interpreter's own parameters."""
     return plgpu.InterpretGPUParams() if interpret is True else interpret or None
+
+
+def result_of(kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """The kernel's result, varying over the mesh axes that its operands vary over, which `plgpu.kernel` forgets."""
+    return vary_together((operands, kernel(*operands)))[1]
 
 
 def largest_divisor(n: int, at_most: int) -> int:

@@ -38,6 +38,7 @@ from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_sparse  # noqa: 
 from pallas_kernels.block_sparse_matmul import mosaic_gpu as matmul  # noqa: E402
 from pallas_kernels.neuron_sparse_ffn import mosaic_gpu as neuron_sparse  # noqa: E402
 
+ONE = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))  # the interpreter takes no more
 Tuning, Exact = shared.Tuning, neuron_sparse.Tuning
 NARROW = Case(width=128, neurons=24, block=4)  # the narrowest that the layouts allow: the interpreter is slow
 CASES = {
@@ -114,7 +115,7 @@ def test_block_sparse_by_name_routed_in_vmap_and_shards() -> None:
     over = P("tensor", None)
     sharded = jax.shard_map(
         lambda x, weights, router: jax.lax.psum(mosaic(x, weights, router), "tensor"),
-        mesh=jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,)),  # the interpreter takes one
+        mesh=ONE,
         in_specs=(P(), PackedFFN(over, over, over), over),
         out_specs=P(),
     )
@@ -183,16 +184,18 @@ def test_block_sparse_matmul(case: Product, tuning: Any, capfd: pytest.CaptureFi
     assert_close(got, three(matmul_reference), case.dtype)
 
 
-def test_block_sparse_matmul_by_name_in_vmap_and_grad() -> None:
+def test_block_sparse_matmul_by_name_in_vmap_and_shards() -> None:
+    """Through the public function, with its gradients: a batch of batches, a mesh."""
     case = Product(tokens=16, inputs=128, outputs=64, block=64, dtype=jnp.bfloat16)
-    _, weight, dy = case.operands()
-    xs = jnp.stack([random(seed, case.tokens, case.inputs, dtype=case.dtype) for seed in (10, 11)])
-
-    def values(**how: Any) -> Any:
-        return jax.vmap(lambda x: value_and_gradients(x, weight, dy, **how))(xs)
-
-    got = jax.jit(lambda: values(implementation="mosaic_gpu", interpret=True))()
-    assert_close(got, values(implementation="reference"), case.dtype)
+    x, weight, dy = case.operands()
+    mosaic = partial(value_and_gradients, implementation="mosaic_gpu", interpret=True)
+    over, columns = P("tensor"), P(None, "tensor")
+    sharded = jax.shard_map(mosaic, mesh=ONE, in_specs=(P(), over, columns), out_specs=(columns, P(), over))
+    xs = jnp.stack([x, 2 * x])
+    got = jax.jit(lambda: (jax.vmap(lambda x: mosaic(x, weight, dy))(xs), sharded(x, weight, dy)))()
+    y, dx, dw = value_and_gradients(x, weight, dy, implementation="reference")
+    batched = jnp.stack([y, 2 * y]), jnp.stack([dx, dx]), jnp.stack([dw, 2 * dw])
+    assert_close(got, (batched, (y, dx, dw)), case.dtype)
 
 
 @pytest.mark.parametrize(("block", "chosen"), [(8, "triton"), (4, "xla")])

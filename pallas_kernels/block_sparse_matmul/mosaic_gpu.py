@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.backend import like
 from pallas_kernels.block_sparse_matmul.packing import BlockSparse
-from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, SHARED_BYTES, interpreter, too_old
+from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, SHARED_BYTES, interpreter, result_of, too_old
 
 CONSUMERS = 2
 DEPTH = 64  # of a step: 128 bytes, a row of the layout that tensor cores read without bank conflicts
@@ -106,7 +105,7 @@ def _walk(x: jax.Array, weight: BlockSparse, transposed: bool, interpret: Any, t
         unit,
         tiles * lines,
         [x, weight.values, start, *lists],
-        like(x, (total, lines * size), x.dtype),
+        jax.ShapeDtypeStruct((total, lines * size), x.dtype),
         a_shape=(tuning.tokens, DEPTH),
         b_shape=(size, DEPTH) if transposed else (DEPTH, size),
         transpose_a=False,
@@ -142,7 +141,7 @@ def block_products(
         unit,
         first.shape[0],
         [x, dy, weight.row, weight.column, weight.column_start, first, count],
-        like(x, weight.values.shape, weight.values.dtype),
+        jax.ShapeDtypeStruct(weight.values.shape, weight.values.dtype),
         a_shape=(DEPTH, size),
         b_shape=(DEPTH, size),
         transpose_a=True,
@@ -277,4 +276,4 @@ def _launch(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpreter(interpret),
     )
-    return run(*operands)
+    return result_of(run, *operands)
