@@ -1,7 +1,7 @@
-"""What the Mosaic GPU kernels share: rows of weights stream through shared memory past a few tokens.
+"""What the Mosaic GPU kernels share, above all those of the two FFNs: rows of weights that stream past a few tokens.
 
 At a few tokens a matrix product is a stream of weights with some arithmetic beside it, and what counts is how many
-bytes are on their way at once. So the kernels are persistent: one thread block a multiprocessor, each with a ring of
+bytes are on their way at once. So these kernels are persistent: one thread block a multiprocessor, each with a ring of
 steps in shared memory that the copy engine fills while earlier steps are computed. The warpgroups of a block split the
 width D. Each streams its own columns through its own ring, and they meet once a step, to add up their parts of
 x . gate and x . up. The tokens, and what the block adds to the output, stay in registers throughout.
@@ -27,7 +27,40 @@ CHUNK = 256  # flags that are copied at once
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A thread block
+# Any kernel
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def too_old() -> str | None:
+    """Why this JAX cannot run Mosaic GPU kernels, or None."""
+    if jax.__version_info__ < (0, 11):  # before, it has no public interpreter
+        return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    return None
+
+
+def interpreter(interpret: Any) -> Any:
+    """`plgpu.kernel`'s argument, from True, False or the interpreter's own parameters."""
+    return plgpu.InterpretGPUParams() if interpret is True else interpret or None
+
+
+def result_of(kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """The kernel's result, varying over the mesh axes that its operands vary over, which `plgpu.kernel` forgets."""
+    return vary_together((operands, kernel(*operands)))[1]
+
+
+def store(ref: Any, values: jax.Array) -> None:
+    """Stores an array in the layout that it has, whether or not banks conflict.
+
+    From JAX 0.12 on a plain store demands that they do not, and the search for layouts that would allow it has no end.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A thread block that streams weights past a few tokens
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -104,17 +137,6 @@ class Team:
         if self.cut.warpgroups > 1:
             plgpu.barrier_arrive(self._met)
             plgpu.barrier_wait(self._met)
-
-
-def store(ref: Any, values: jax.Array) -> None:
-    """Stores an array in the layout that it has, whether or not banks conflict.
-
-    From JAX 0.12 on a plain store demands that they do not, and the search for layouts that would allow it has no end.
-    """
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, values, optimized=False)
-    else:
-        ref[...] = values
 
 
 def launch(
@@ -206,23 +228,6 @@ def unsupported(x: jax.Array) -> str | None:
     if tokens * width > 16384:
         return f"expected at most 16384 values of x, which stay in registers, got {tokens} x {width}"
     return None
-
-
-def too_old() -> str | None:
-    """Why this JAX cannot run Mosaic GPU kernels, or None."""
-    if jax.__version_info__ < (0, 11):  # before, it has no public interpreter
-        return f"expected JAX 0.11 or newer, got {jax.__version__}"
-    return None
-
-
-def interpreter(interpret: Any) -> Any:
-    """`plgpu.kernel`'s argument, from True, False or the interpreter's own parameters."""
-    return plgpu.InterpretGPUParams() if interpret is True else interpret or None
-
-
-def result_of(kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """The kernel's result, varying over the mesh axes that its operands vary over, which `plgpu.kernel` forgets."""
-    return vary_together((operands, kernel(*operands)))[1]
 
 
 def largest_divisor(n: int, at_most: int) -> int:

@@ -151,21 +151,17 @@ def test_refusals(case: Case, names: str) -> None:
 
 Tiling = matmul.Tuning
 PRODUCTS = {
-    "bfloat16, blocks of 128, a short ring": (
-        Product(tokens=64, inputs=256, outputs=256, block=128, dtype=jnp.bfloat16),
+    "bfloat16, blocks of 128, all active, a short ring": (
+        Product(tokens=64, inputs=256, outputs=256, block=128, density=1.0, dtype=jnp.bfloat16),
         Tiling(tokens=64, stages=2, programs=1),
     ),
-    "float16, tokens beyond two tiles, spare places": (
+    "float16, tokens beyond two tiles, odd columns, spare places": (
         Product(tokens=136, inputs=192, outputs=128, block=64, dtype=jnp.float16, spare=3),
-        Tiling(tokens=64, programs=2),
+        Tiling(tokens=64, stages=3, group=1, programs=2),
     ),
     "nothing active, fewer tokens than a tile": (
-        Product(tokens=8, inputs=64, outputs=128, block=64, dtype=jnp.bfloat16, density=0.0, spare=3),
-        Tiling(tokens=64, programs=2),
-    ),
-    "all active, blocks that pair with none": (
-        Product(tokens=72, inputs=192, outputs=64, block=64, dtype=jnp.bfloat16, density=1.0),
-        Tiling(tokens=64, stages=3, group=1, programs=2),
+        Product(tokens=8, inputs=64, outputs=64, block=64, density=0.0, dtype=jnp.bfloat16, spare=1),
+        Tiling(tokens=64, programs=1),
     ),
 }
 
@@ -185,17 +181,18 @@ def test_block_sparse_matmul(case: Product, tuning: Any, capfd: pytest.CaptureFi
 
 
 def test_block_sparse_matmul_by_name_in_vmap_and_shards() -> None:
-    """Through the public function, with its gradients: a batch of batches, a mesh."""
-    case = Product(tokens=16, inputs=128, outputs=64, block=64, dtype=jnp.bfloat16)
+    """Through the public function: a batch of batches, and with its gradients in a mesh."""
+    case = Product(tokens=16, inputs=64, outputs=64, block=64, density=1.0, dtype=jnp.bfloat16)
     x, weight, dy = case.operands()
-    mosaic = partial(value_and_gradients, implementation="mosaic_gpu", interpret=True)
+    how: Any = {"implementation": "mosaic_gpu", "interpret": True}
     over, columns = P("tensor"), P(None, "tensor")
-    sharded = jax.shard_map(mosaic, mesh=ONE, in_specs=(P(), over, columns), out_specs=(columns, P(), over))
-    xs = jnp.stack([x, 2 * x])
-    got = jax.jit(lambda: (jax.vmap(lambda x: mosaic(x, weight, dy))(xs), sharded(x, weight, dy)))()
-    y, dx, dw = value_and_gradients(x, weight, dy, implementation="reference")
-    batched = jnp.stack([y, 2 * y]), jnp.stack([dx, dx]), jnp.stack([dw, 2 * dw])
-    assert_close(got, (batched, (y, dx, dw)), case.dtype)
+    sharded = jax.shard_map(
+        partial(value_and_gradients, **how), mesh=ONE, in_specs=(P(), over, columns), out_specs=(columns, P(), over)
+    )
+    batched = jax.vmap(lambda x: block_sparse_matmul(x, weight, **how))
+    got = jax.jit(lambda: (batched(jnp.stack([x, 2 * x])), sharded(x, weight, dy)))()
+    y, *gradients = value_and_gradients(x, weight, dy, implementation="reference")
+    assert_close(got, (jnp.stack([y, 2 * y]), (y, *gradients)), case.dtype)
 
 
 @pytest.mark.parametrize(("block", "chosen"), [(8, "triton"), (4, "xla")])
