@@ -218,6 +218,9 @@ def _launch(
                         plgpu.copy_gmem_to_smem(source, a.at[slot, consumer], filled.at[slot])
                     plgpu.copy_gmem_to_smem(b_source, b.at[slot], filled.at[slot])
 
+            for slot in range(stages):
+                plgpu.barrier_wait(free.at[slot])
+
         @pl.when(warpgroup < CONSUMERS)
         def consume() -> None:
             plgpu.set_max_registers(232, action="increase")
