@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -279,6 +280,9 @@ class Threshold:
         goal = {"sparsity": self.target_sparsity, "perplexity": self.target_perplexity, "rise": self.target_rise}
         given = {name: value for name, value in goal.items() if value is not None}
         check(len(given) == 1, "threshold", "one of --target-sparsity, --target-perplexity and --target-rise", given)
+        for name, value in given.items():
+            limit, what = (1.0, "a share between 0 and 1") if name == "sparsity" else (math.inf, "a positive number")
+            check(0 < value < limit, f"--target-{name}", what, value)
         check_target(Path(self.out), self.overwrite, self.model)
 
         with _model(self.model, self.compute) as (config, params):

@@ -300,13 +300,15 @@ class ModelSource:
     """Where the starting weights come from: a model folder, another run, or fresh ones of a given shape."""
 
     path: str | None = None  # a Hugging Face folder
-    run: str | None = None  # a run folder: its newest checkpoint, such as LTE's stage 1 for stage 2
+    run: str | None = None  # a run folder, complete, such as LTE's stage 1 for stage 2
+    step: int | None = None  # of that run, another checkpoint than the last; the run may then be under way
     config: LlamaConfig | None = None  # train from scratch
     activation: Activation | None = None  # replaces the model's own (ProSparse section 3.2: step 1)
 
     def __post_init__(self) -> None:
         given = [name for name in ("path", "run", "config") if getattr(self, name) is not None]
         check(len(given) == 1, "model.path", "one of it, `model.run` and `model.config`", given)
+        check(self.step is None or self.run is not None, "step", "none without `model.run`", self.step)
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ def test_threshold_of_routers(home, capsys):
     hf.save(home / "top", top, params, tokenizer=home / "tokenizer")
     code, error = answer(capsys, "threshold", "top", "left", *shared, *goal)
     assert (code, error.count("\n")) == (2, 1) and "mode 'hard', got 'top'" in error
-    code, error = answer(capsys, "threshold", "routed", "left", *shared, "--target-sparsity", "1")
-    assert (code, error.count("\n")) == (2, 1) and "a share between 0 and 1, got 1" in error
+    code, error = answer(capsys, "threshold", "model", "left", *shared, "--target-sparsity", "1")
+    assert (code, error.count("\n")) == (2, 1) and "--target-sparsity: expected a share between 0 and 1, got 1" in error
     assert not (home / "left").exists()
 
 

@@ -1,11 +1,21 @@
 """LTE on a real model beside its baselines, at equal tokens, in one process on one GPU.
 
-    python tools/lte_study.py MODEL --train TOKENS.npy --eval TOKENS.npy [TOKENS.npy ...] --out results.json
+    python tools/lte_study.py MODEL --train TOKENS.npy --eval TOKENS.npy [TOKENS.npy ...] --out results.json \\
+        --variants lte,target_sparsity=0.5 lte,target_sparsity=0.5,grouping=coactivation,steps=36+108
 
-Trains the dense model on; LTE (stage 1, calibration, stage 2) at each target, with random blocks, as printed in the
-paper and with other seeds; noisy top-k; and on the dense model the predictors of MoEfication and Deja Vu, the oracle's
-blocks and the largest activations. Everything of one kind shares a compiled step: what differs is traced. Variants run
-in the order of what they tell; none starts after --seconds. Results are written after each.
+A variant is one word: a kind, and settings after commas. Its word is its name in the results.
+
+    dense         the model trained on; what everything is compared with
+    lte           stage 1, calibration, stage 2, calibration; settings of method lte_stage1, and steps=A+B
+    noisy         noisy top-k softmax; sparsity, block_size, grouping, router_lr
+    predictor     on the dense variant's model, blocks by a learned predictor: MoEfication; the same settings. With
+                  block_size=1 Deja Vu's neurons
+    oracle        the same choices in hindsight
+
+Every kind takes lr=..., seed=... and distill=WEIGHT, from the dense variant's model.
+
+Numbers of a method that may be traced share a compiled step. Results are written after each variant. Started again with
+the same --out, the tool leaves out the variants that are there; none starts after --seconds.
 """
 
 import argparse
@@ -15,18 +25,24 @@ import functools
 import json
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
+from jsparse import config as configs
 from jsparse import hf, model, parallel
 from jsparse.config import (
+    ConfigError,
     CosineLr,
     DataConfig,
     Dense,
+    Distill,
+    LlamaConfig,
     LteStage1,
     LteStage2,
     Method,
@@ -37,6 +53,7 @@ from jsparse.config import (
     Router,
     Source,
     TrainConfig,
+    check,
 )
 from jsparse.data import Loader, open_source
 from jsparse.inference.perplexity import evaluate
@@ -47,32 +64,88 @@ from jsparse.train.loop import abstract_batch
 from jsparse.train.step import make_update
 from jsparse.train.terms import training_config
 
-KNOBS = ("target_sparsity", "separation", "separation_ramp", "epsilon")  # of stage 1, traced
+METHODS: dict[str, Any] = {"dense": Dense, "lte": LteStage1, "noisy": NoisyTopK, "predictor": Predictor,
+                           "oracle": Predictor}  # fmt: skip
+KNOBS = ("target_sparsity", "separation", "separation_ramp", "epsilon", "router_lr")  # of stage 1, traced
+DEFAULT = [
+    "dense",
+    *[f"lte,target_sparsity={share}" for share in (0.5, 0.7, 0.3, 0.8)],
+    *[f"{kind},sparsity={share}" for share in (0.5, 0.7, 0.3, 0.8) for kind in ("noisy", "oracle", "predictor")],
+    *[f"{kind},sparsity={share},block_size=1" for share in (0.5, 0.7, 0.3, 0.8) for kind in ("oracle", "predictor")],
+    "lte,target_sparsity=0.5,init=normal,epsilon=0,separation=0.5,separation_ramp=0",  # as printed
+    "lte,target_sparsity=0.5,init=zeros,epsilon=1e-2,separation=0.5,separation_ramp=0",
+    "lte,target_sparsity=0.5,init=open",
+    "lte,target_sparsity=0.5,grouping=random",
+    "lte,target_sparsity=0.5,seed=1",
+    "lte,target_sparsity=0.5,seed=2",
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One word of --variants."""
+
+    name: str
+    kind: str
+    method: Any
+    steps: tuple[int, ...]  # of each stage
+    lr: float
+    seed: int = 0
+    distill: float = 0.0  # weight of the dense model's distribution as a target; 0: none
+
+    @property
+    def on_dense(self) -> bool:
+        """Whether it needs the dense variant's model."""
+        return self.kind in ("predictor", "oracle") or self.distill > 0
+
+
+def parse(word: str, args: argparse.Namespace) -> Variant:
+    """Raises ConfigError where a word names no kind or a setting that its kind does not have."""
+    kind, *items = word.split(",")
+    check(kind in METHODS, word, f"a kind among {', '.join(METHODS)}", kind)
+    steps = {"lte": tuple(args.steps), "predictor": (args.predictor_steps,), "oracle": ()}.get(kind, (sum(args.steps),))
+    own: dict[str, Any] = {"steps": steps, "lr": args.lr}
+    settings: dict[str, Any] = {"select": "oracle"} if kind == "oracle" else {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if name == "steps":
+            own[name] = tuple(map(int, text.split("+")))
+        elif name == "seed":
+            own[name] = int(text)
+        elif name in ("lr", "distill"):
+            own[name] = float(text)
+        else:
+            settings[name] = yaml.safe_load(text)
+    check(len(own["steps"]) == len(steps), word, f"steps of {len(steps)} stages", own["steps"])
+    if kind == "lte":
+        check("target_sparsity" in settings, word, "a target_sparsity", settings)
+    return Variant(word, kind, configs.from_dict(METHODS[kind], settings, word), **own)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model folder, or a .gguf file")
     parser.add_argument("--train", required=True, help="token ids, .npy")
-    parser.add_argument("--eval", required=True, nargs="+", help="held-out token ids, .npy; the first decides")
+    parser.add_argument("--eval", required=True, nargs="+", help="held-out token ids, .npy")
     parser.add_argument("--out", default="lte.json")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.7, 0.3, 0.8])
-    parser.add_argument("--steps", type=int, nargs=2, default=[56, 56], help="of stage 1 and stage 2")
-    parser.add_argument("--predictor-steps", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--variants", nargs="+", default=DEFAULT)
+    parser.add_argument("--steps", type=int, nargs=2, default=[72, 72], help="of stage 1 and stage 2")
+    parser.add_argument("--predictor-steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--eval-tokens", type=int, default=131_072)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seeds", type=int, default=3, help="at the first target")
     parser.add_argument("--seconds", type=float, default=520, help="no variant starts after so many")
-    parser.add_argument("--only", nargs="+", help="names of the variants to run; dense always runs")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--unroll", type=int, help="layers a step of the scan runs; by default all")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of method lte_stage1")
     args = parser.parse_args()
+    try:
+        variants = [parse(word, args) for word in args.variants]
+    except ConfigError as error:
+        parser.error(str(error))
     mesh = parallel.single_device_mesh()
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        Study(args, mesh).run()
+        Study(args, mesh).run(variants)
 
 
 class Study:
@@ -83,96 +156,105 @@ class Study:
         jax.config.update("jax_compilation_cache_dir", str(Path(args.out).with_suffix(".xla").absolute()))
         read: Any = hf.load_gguf if args.model.endswith(".gguf") else hf.load
         self.config, self.params = read(args.model, dtype="float32")
-        values = dict(item.split("=") for item in args.set)
-        self.stage1 = dataclasses.replace(LteStage1(0.5), **{k: _value(v) for k, v in values.items()})
         self.data = DataConfig((Source(args.train),), seq_len=args.seq_len, batch_size=args.batch_size)
         open_tokens = functools.partial(open_source, tokenizer=None, cache="~/.cache/jsparse",
                                         vocab_size=self.config.vocab_size)  # fmt: skip
         self.train_store = open_tokens(Source(args.train))
         self.held_out = {Path(p).stem: open_tokens(Source(p)).tokens[: args.eval_tokens + 1] for p in args.eval}
-        self.sample = self.train_store.tokens[: 8 * args.seq_len].reshape(8, -1).astype(np.int32)
-        self.rows: list[dict[str, Any]] = []
-        self.orders: dict[tuple[str, int], np.ndarray] = {}
+        self.sample = jnp.asarray(self.train_store.tokens[: 8 * args.seq_len].reshape(8, -1), jnp.int32)
+        out = Path(args.out)
+        self.rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
+        self.grouped = functools.cache(self.group)
+        self.compiled: dict[Any, concurrent.futures.Future] = {}
+        self.trained: Any = None  # parameters of the dense variant
+
+    def run(self, variants: list[Variant]) -> None:
+        done = {row["name"] for row in self.rows}
+        wanted = [variant for variant in variants if variant.name not in done]
+        if any(variant.on_dense for variant in wanted) and not any(variant.kind == "dense" for variant in wanted):
+            wanted.append(parse("dense", self.args))
+        wanted.sort(key=lambda variant: variant.kind != "dense")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # XLA compiles on as many threads
+            for job in dict.fromkeys(job for variant in wanted for job in self.jobs(variant)):
+                self.compiled[job] = pool.submit(self.lower(*job).compile)
+            for variant in wanted:
+                if time.perf_counter() - self.began > self.args.seconds:
+                    say(f"{variant.name}: not started, the time is up")
+                    continue
+                try:
+                    getattr(self, variant.kind)(variant)
+                except Exception:
+                    say(f"{variant.name}: failed\n{traceback.format_exc()}")
+        say("\n" + "\n".join(line(row) for row in self.rows))
 
     # ---- Training
 
-    def recipe(self, method: Method, steps: int) -> TrainConfig:
-        schedule = CosineLr(max(1, round(0.06 * steps)), 0.1)
-        return TrainConfig(
-            run="", model=ModelSource(path="-"), data=self.data, steps=steps, method=method, dtype=self.args.dtype,
-            optimizer=OptimizerConfig(lr=self.args.lr, schedule=schedule), loss_chunk=8192,
-            unroll=self.args.unroll or self.config.num_hidden_layers,
-        )  # fmt: skip
+    def jobs(self, variant: Variant) -> list[tuple[TrainConfig, LlamaConfig]]:
+        """What is trained, one after the other: recipe, whose traced numbers are the defaults', and model."""
+        method = variant.method
+        if isinstance(method, LteStage1):
+            first = dataclasses.replace(method, **{name: getattr(LteStage1(0.5), name) for name in KNOBS})
+            methods: list[Method] = [first, LteStage2()]
+        else:  # sparsity is a parameter of the model
+            methods = [method if isinstance(method, Dense) else dataclasses.replace(method, sparsity=0.5)]
+        recipes = [
+            TrainConfig(
+                run="-", model=ModelSource(path="-"), data=self.data, steps=steps, method=method, dtype=self.args.dtype,
+                optimizer=OptimizerConfig(lr=variant.lr, schedule=CosineLr(round(0.06 * steps), 0.1)),
+                distill=Distill("-", variant.distill) if variant.distill else None, loss_chunk=8192,
+                unroll=self.args.unroll or self.config.num_hidden_layers,
+            )
+            for method, steps in zip(methods, variant.steps, strict=False)
+        ]  # fmt: skip
+        return [(recipe, self.routed(recipe.method, method)) for recipe in recipes]
 
-    def kinds(self) -> dict[str, tuple[Method, int]]:
-        """Method and number of steps of everything that is compiled."""
-        first, second = self.args.steps
-        size = self.stage1.block_size
-        return {
-            "dense": (Dense(), first + second),
-            "stage1": (self.stage1, first),
-            "stage2": (LteStage2(), second),
-            "noisy": (NoisyTopK(0.5, size), first + second),
-            "predictor": (Predictor(0.5, block_size=size), self.args.predictor_steps),
-            "neurons": (Predictor(0.5, block_size=1), self.args.predictor_steps),
-        }
-
-    def config_of(self, kind: str) -> Any:
-        method, _ = self.kinds()[kind]
+    def routed(self, trained: Method, variant: Method) -> LlamaConfig:
+        """The config that a method trains, in a variant of another method where it is a later stage."""
         source = self.config
-        if kind == "stage2":
-            source = dataclasses.replace(source, router=Router(self.stage1.block_size))
-        return training_config(method, source)
+        if isinstance(trained, LteStage2):
+            source = dataclasses.replace(source, router=Router(variant.block_size))  # type: ignore[union-attr]
+        return training_config(trained, source)
 
-    def compile(self) -> None:
-        """All steps at once: XLA compiles on as many threads."""
-        began, self.steps = time.perf_counter(), {}
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            pending = {kind: pool.submit(self.lower(kind).compile) for kind in self.kinds()}
-            self.steps = {kind: future.result() for kind, future in pending.items()}
-        say(f"compiled {len(self.steps)} steps in {time.perf_counter() - began:.0f} s")
+    def lower(self, recipe: TrainConfig, config: LlamaConfig) -> Any:
+        def step(now: Any, batch: Any, knobs: dict[str, Any], *teacher: Any) -> Any:
+            traced = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, **knobs))
+            return make_update(traced, config, self.mesh, self.config if teacher else None)(now, batch, *teacher)
 
-    def lower(self, kind: str) -> Any:
-        method, steps = self.kinds()[kind]
-        config = self.config_of(kind)
+        shapes = state.abstract(recipe, config, self.mesh), abstract_batch(recipe, self.mesh)
+        teacher = [jax.eval_shape(self.cast, self.params)] if recipe.distill else []
+        return jax.jit(step, donate_argnums=0).lower(*shapes, knobs(recipe.method), *teacher)
 
-        def step(now: Any, batch: Any, knobs: dict[str, Any]) -> Any:
-            traced = dataclasses.replace(method, **knobs) if knobs else method
-            return make_update(self.recipe(traced, steps), config, self.mesh)(now, batch)
+    def cast(self, params: Any) -> Any:
+        return model.cast(params, self.config, self.args.dtype)
 
-        recipe = self.recipe(method, steps)
-        abstract = state.abstract(recipe, config, self.mesh)
-        return jax.jit(step, donate_argnums=0).lower(abstract, abstract_batch(recipe, self.mesh), self.knobs(kind))
-
-    def knobs(self, kind: str, **changes: float) -> dict[str, jax.Array]:
-        if kind != "stage1":
-            return {}
-        values = {name: getattr(self.stage1, name) for name in KNOBS} | changes
-        return {name: jnp.float32(value) for name, value in values.items()}
-
-    def fit(self, kind: str, params: Any, first: int = 0, seed: int = 0, **changes: float) -> tuple[Any, dict]:
-        """Trains from copies of parameters on the batches from `first` on; the new ones, and what was seen."""
-        method, steps = self.kinds()[kind]
-        now = state.create(jax.tree.map(jnp.copy, params), self.recipe(method, steps), self.config_of(kind), self.mesh)
-        loader = Loader([self.train_store], dataclasses.replace(self.data, seed=seed))
-        knobs, seen, seconds = self.knobs(kind, **changes), [], []
-        with loader.iterate(first, self.mesh) as batches:
-            for _ in range(steps):
+    def fit(self, variant: Variant, params: Any, stage: int = 0) -> tuple[Any, dict]:
+        """Trains one stage from copies of parameters; the new ones, and what was seen."""
+        recipe, config = self.jobs(variant)[stage]
+        run = self.compiled[recipe, config].result()
+        now = state.create(jax.tree.map(jnp.copy, params), recipe, config, self.mesh)
+        loader = Loader([self.train_store], dataclasses.replace(self.data, seed=variant.seed))
+        values = knobs(variant.method) if stage == 0 else {}
+        teacher = [self.cast(self.trained)] if recipe.distill else []
+        seen, seconds = [], []
+        with loader.iterate(sum(variant.steps[:stage]), self.mesh) as batches:
+            for _ in range(recipe.steps):
                 batch = next(batches)
                 began = time.perf_counter()
-                now, metrics = self.steps[kind](now, batch, knobs)
+                now, metrics = run(now, batch, values, *teacher)
                 seen.append(jax.device_get(metrics))
                 seconds.append(time.perf_counter() - began)
             fresh = next(batches)
         table = {name: [_plain(row[name]) for row in seen] for name in seen[0]}
-        median = float(np.median(seconds[3:] or seconds))
-        return now.params, {"metrics": table, "step_seconds": median, "fresh": fresh.tokens}
+        about = {"metrics": table, "step_seconds": float(np.median(seconds[3:] or seconds))}
+        return now.params, {"about": about, "fresh": fresh.tokens}
 
-    def order(self, grouping: str = "kmeans", seed: int = 0) -> np.ndarray:
-        key = grouping, seed
-        if key not in self.orders:
-            self.orders[key] = group(self.params, self.config, self.stage1.block_size, grouping, seed=seed)  # type: ignore[arg-type]
-        return self.orders[key]
+    def group(self, block_size: int, grouping: Any, seed: int) -> np.ndarray:
+        return group(self.params, self.config, block_size, grouping, tokens=self.sample[:1], seed=seed)
+
+    def with_routers(self, variant: Variant, router: Router, params: Any, **options: Any) -> Any:
+        order = self.grouped(variant.method.block_size, variant.method.grouping, variant.seed)
+        return lte.add_routers(permute(params, order), self.config, router, key=jax.random.key(variant.seed),
+                               tokens=self.sample, **options)[0]  # fmt: skip
 
     # ---- Measuring
 
@@ -186,107 +268,62 @@ class Study:
         }
         self.rows.append({"name": name, "eval": found, "at": time.perf_counter() - self.began} | about)
         say(line(self.rows[-1]))
-        self.save()
-
-    def save(self) -> None:
-        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "settings": vars(self.args),
-                 "stage1": dataclasses.asdict(self.stage1), "rows": self.rows}  # fmt: skip
-        Path(self.args.out).write_text(json.dumps(about))
+        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "settings": vars(self.args)}
+        Path(self.args.out).write_text(json.dumps(about | {"rows": self.rows}))
 
     # ---- Variants
 
-    def dense(self) -> None:
-        self.measure("pretrained", self.params, self.config)
-        self.trained, seen = self.fit("dense", self.params)
-        self.measure("dense", self.trained, self.config, **told(seen))
+    def dense(self, variant: Variant) -> None:
+        if all(row["name"] != "pretrained" for row in self.rows):
+            self.measure("pretrained", self.params, self.config)
+        self.trained, seen = self.fit(variant, self.params)
+        self.measure(variant.name, self.trained, self.config, **seen["about"])
 
-    def lte(self, name: str, target: float, grouping: str = "kmeans", seed: int = 0, init: str | None = None,
-            **changes: float) -> None:  # fmt: skip
-        soft = self.config_of("stage1")
-        params, _ = lte.add_routers(
-            permute(self.params, self.order(grouping, seed)), self.config, soft.router, threshold=self.stage1.tau,
-            init=init or self.stage1.init, key=jax.random.key(seed),  # type: ignore[arg-type]
-            tokens=self.sample, dropped=target,
-        )  # fmt: skip
-        hard = lte.served(soft)
-        params, seen = self.fit("stage1", params, 0, seed, target_sparsity=target, **changes)
-        about = {"target": target, "seed": seed, "grouping": grouping} | changes
-        self.measure(f"{name}, soft", params, soft, **about, **told(seen))
+    def lte(self, variant: Variant) -> None:
+        method, soft = variant.method, self.routed(variant.method, variant.method)
+        hard, target = lte.served(soft), method.target_sparsity
+        assert soft.router is not None
+        params = self.with_routers(variant, soft.router, self.params, threshold=method.tau, init=method.init,
+                                   dropped=target)  # fmt: skip
+        params, seen = self.fit(variant, params)
+        self.measure(f"{variant.name}: soft", params, soft, **seen["about"])
         params = self.calibrated(params, hard, seen["fresh"], target)
-        self.measure(f"{name}, stage 1", params, hard, **about)
-        params, seen = self.fit("stage2", params, self.args.steps[0], seed)
+        self.measure(f"{variant.name}: stage 1", params, hard)
+        params, seen = self.fit(variant, params, stage=1)
         params = self.calibrated(params, hard, seen["fresh"], target)
-        thresholds = np.asarray(params["layers"]["ffn"]["router_threshold"]).tolist()
         rows = seen["fresh"][:16, :256]
         sizes = [size for size in (1, 2, 4, 8, 16) if len(rows) % size == 0]
         union = lte.union_density(model.cast(params, hard, self.args.dtype), hard, rows, sizes)
-        self.measure(name, params, hard, **about, **told(seen), thresholds=thresholds,
+        thresholds = np.asarray(params["layers"]["ffn"]["router_threshold"]).tolist()
+        self.measure(variant.name, params, hard, **seen["about"], thresholds=thresholds,
                      union={size: layers.tolist() for size, layers in union.items()})  # fmt: skip
 
     def calibrated(self, params: Any, config: Any, tokens: Any, target: float) -> Any:
         cast = model.cast(params, config, self.args.dtype)
         return lte.set_thresholds(params, lte.calibrate(cast, config, [jnp.asarray(tokens)], target))
 
-    def predictors(self, kind: str, name: str) -> None:
-        """On the dense model: learned choices, and the same choices in hindsight."""
-        config = self.config_of(kind)
-        grouped = permute(self.trained, self.order()) if config.router.block_size > 1 else self.trained
-        for target in self.args.targets:
-            params, _ = lte.add_routers(grouped, self.config, config.router, threshold=target)
-            oracle = dataclasses.replace(config, router=Router(config.router.block_size, "oracle"))
-            alone, _ = lte.add_routers(grouped, self.config, oracle.router, threshold=target)
-            self.measure(f"{name}, oracle", alone, oracle, target=target)
-            params, seen = self.fit(kind, params)
-            self.measure(f"{name}, predictor", params, lte.served(config), target=target, **told(seen))
+    def noisy(self, variant: Variant) -> None:
+        self.chooser(variant, self.params)
 
-    def noisy(self, target: float) -> None:
-        config = self.config_of("noisy")
-        params, _ = lte.add_routers(permute(self.params, self.order()), self.config, config.router, threshold=target)
-        params, seen = self.fit("noisy", params)
-        self.measure("noisy top-k", params, lte.served(config), target=target, **told(seen))
+    def predictor(self, variant: Variant) -> None:
+        self.chooser(variant, self.trained)
 
-    def run(self) -> None:
-        targets = self.args.targets
-        first, *others = targets
-        variants: list[tuple[str, Any]] = [
-            ("lte", lambda: self.lte("LTE", first)),
-            ("moefication", lambda: self.predictors("predictor", "MoEfication")),
-            ("dejavu", lambda: self.predictors("neurons", "neurons (Deja Vu)")),
-            ("open", lambda: self.lte("LTE, open routers", first, init="open")),
-            *[("lte", functools.partial(self.lte, "LTE", t)) for t in others[:1]],
-            *[("noisy", functools.partial(self.noisy, t)) for t in targets[:2]],
-            *[("lte", functools.partial(self.lte, "LTE", t)) for t in others[1:]],
-            ("printed", lambda: self.lte("LTE as printed", first, init="normal", epsilon=0.0, separation=0.5,
-                                         separation_ramp=0.0)),
-            ("spec", lambda: self.lte("LTE, zeros and epsilon", first, init="zeros", epsilon=1e-2, separation=0.5,
-                                      separation_ramp=0.0)),
-            *[("noisy", functools.partial(self.noisy, t)) for t in targets[2:]],
-            ("random", lambda: self.lte("LTE, random blocks", first, grouping="random")),
-            *[("seeds", functools.partial(self.lte, "LTE", first, seed=seed)) for seed in range(1, self.args.seeds)],
-        ]  # fmt: skip
-        self.compile()
-        self.dense()
-        for name, variant in variants:
-            if self.args.only and name not in self.args.only:
-                continue
-            if time.perf_counter() - self.began > self.args.seconds:
-                say(f"{name}: not started, the time is up")
-                continue
-            try:
-                variant()
-            except Exception:
-                say(f"{name}: failed\n{traceback.format_exc()}")
-        say("\n" + "\n".join(line(row) for row in self.rows))
-        times = {
-            name: row["step_seconds"] for row in self.rows for name in ("dense", "LTE, soft") if row["name"] == name
-        }
-        if len(times) == 2:
-            say(f"step: dense {times['dense'] * 1e3:.1f} ms, stage 1 {times['LTE, soft'] * 1e3:.1f} ms "
-                f"({times['LTE, soft'] / times['dense'] - 1:+.1%})")  # fmt: skip
+    def chooser(self, variant: Variant, params: Any) -> None:
+        [(_, config)] = self.jobs(variant)
+        params = self.with_routers(variant, config.router, params, threshold=variant.method.sparsity)
+        params, seen = self.fit(variant, params)
+        self.measure(variant.name, params, lte.served(config), **seen["about"])
+
+    def oracle(self, variant: Variant) -> None:
+        config = training_config(variant.method, self.config)
+        assert config.router is not None
+        params = self.with_routers(variant, config.router, self.trained, threshold=variant.method.sparsity)
+        self.measure(variant.name, params, config)
 
 
-def told(seen: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in seen.items() if name != "fresh"}
+def knobs(method: Method) -> dict[str, jax.Array]:
+    """The numbers of a method that its compiled step takes as arguments."""
+    return {name: jnp.float32(getattr(method, name)) for name in KNOBS} if isinstance(method, LteStage1) else {}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -297,7 +334,8 @@ def line(row: dict[str, Any]) -> str:
         cells.append(f"{text} {found['perplexity']:.3f}{share}")
     skipped = row["metrics"]["skipped"][-1] if "metrics" in row else 0
     notes = f"  {skipped:.0f} steps not finite" if skipped else ""
-    return f"{row['name']:28} {row.get('target', ''):5} {'; '.join(cells)}{notes}  [{row['at']:.0f} s]"
+    seconds = f"  {row['step_seconds'] * 1e3:.1f} ms a step" if "step_seconds" in row else ""
+    return f"{row['name']:44} {'; '.join(cells)}{notes}{seconds}  [{row['at']:.0f} s]"
 
 
 def say(text: str) -> None:
@@ -306,13 +344,6 @@ def say(text: str) -> None:
 
 def _plain(x: Any) -> Any:
     return np.asarray(x, np.float64).round(6).tolist()
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 if __name__ == "__main__":

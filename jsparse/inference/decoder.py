@@ -455,7 +455,7 @@ def _factors(ffn: Ffn, x: jax.Array, hidden: Any, config: LlamaConfig) -> jax.Ar
     if router.mode == "oracle":
         scores = routing.block_sums(hidden, router.block_size)
     else:
-        scores = jnp.einsum("...D,ED->...E", x.astype(jnp.float32), ffn.router, precision="high")
+        scores = routing.router_logits(router, x, ffn.router.T)
     return routing.gates(router, scores, ffn.router_threshold)
 
 

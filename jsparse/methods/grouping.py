@@ -10,6 +10,7 @@ many points go and lowered where too few, until the cheapest choices come out ne
 problem); the rest moves where it costs least, and pairs are swapped while that helps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -186,12 +187,13 @@ _NEURON_AXIS = {"gate": -1, "up": -1, "down": -2, "gate_bias": -1, "up_bias": -1
 
 @jax.jit
 def _permute(ffn: dict[str, jax.Array], order: jax.Array) -> dict[str, jax.Array]:
-    def one(name: str, x: jax.Array) -> jax.Array:
-        take = lambda x, order: jnp.take(x, order, axis=_NEURON_AXIS[name])
-        moved = jax.vmap(take)(x, order) if order.ndim == 2 else take(x, order)
-        return moved
+    """Of one layer, order [F], or of a stack, order [L, F]."""
 
-    return {name: one(name, x) if name in _NEURON_AXIS else x for name, x in ffn.items()}
+    def one(x: jax.Array, axis: int) -> jax.Array:
+        take = functools.partial(jnp.take, axis=axis)
+        return jax.vmap(take)(x, order) if order.ndim == 2 else take(x, order)
+
+    return {name: one(x, _NEURON_AXIS[name]) if name in _NEURON_AXIS else x for name, x in ffn.items()}
 
 
 def _layer(layers: Any, i: int) -> jax.Array:

@@ -128,7 +128,7 @@ def predictor_probe(mask: jax.Array | None = None) -> Probe:
     def measure(trace: FFNTrace) -> PredictorStats:
         router, dropped = trace.params["router"], trace.params["router_threshold"]
         x, x1 = jax.lax.stop_gradient((trace.x, trace.hidden))
-        logits = routing.router_logits(x, router)
+        logits = jnp.dot(x.astype(jnp.float32), router, precision="high")
         wanted = routing.keep_largest(routing.block_sums(x1, x1.shape[-1] // router.shape[-1]), dropped)
         nats = jax.nn.softplus(jnp.where(wanted, -logits, logits))
         found = wanted & routing.keep_largest(jax.lax.stop_gradient(logits), dropped)
@@ -231,30 +231,23 @@ def set_thresholds(params: Params, thresholds: Any) -> Params:
     return params | {"layers": layers | {"ffn": layers["ffn"] | {"router_threshold": new}}}
 
 
-SERVED: dict[str, Any] = {
-    "soft": "hard",
-    "off": "top",
-    "noisy_softmax": "softmax",
-}  # the mode that follows on one made for training
-
-
 def served(config: LlamaConfig) -> LlamaConfig:
     """The config by which a trained model is used: LTE's scores become masks, a predictor's choices count."""
     if config.router is None:
         return config
-    return replace(config, router=replace(config.router, mode=SERVED.get(config.router.mode, config.router.mode)))
+    mode = config.router.mode
+    return replace(config, router=replace(config.router, mode=routing.SERVED.get(mode, mode)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Thresholds for a named sparsity
 # --------------------------------------------------------------------------------------------------------------------
 
-_LIMIT, _BINS = 20.0, 8192  # of the histogram of logits
+_ROUNDS = 3  # of calibration
+_LIMIT, _BINS = 20.0, 65_536  # of the histogram of logits
 
 
-def calibrate(
-    params: Params, config: LlamaConfig, batches: Iterable[jax.Array], sparsity: float, *, rounds: int = 3
-) -> np.ndarray:
+def calibrate(params: Params, config: LlamaConfig, batches: Iterable[jax.Array], sparsity: float) -> np.ndarray:
     """Thresholds, float32 [L], by which the hard-routed model leaves out a share of its blocks on average.
 
     First all layers' logits are shifted alike until the mean share is met: that keeps the layers' differences, which
@@ -262,7 +255,7 @@ def calibrate(
     layers above see.
 
     Args:
-        params: stacked, with the thresholds to start from.
+        params: stacked; the thresholds they have are where the search starts.
         batches: int32 [B, T] each, of full windows.
         sparsity: share of blocks to leave out, of the mean over layers.
 
@@ -274,9 +267,8 @@ def calibrate(
     check(len(batches) > 0, "batches", "calibration tokens", "none")
     assert config.router is not None
     config = replace(config, router=replace(config.router, mode="hard"))
-    thresholds = np.asarray(params["layers"]["ffn"]["router_threshold"])
     shares = None
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         counts = np.sum([np.asarray(_histogram(params, tokens, config), np.int64) for tokens in batches], axis=0)
         below = np.cumsum(counts, axis=1) / counts.sum(axis=1, keepdims=True)  # [L, bins], share up to a bin's end
         if shares is None:
@@ -290,11 +282,12 @@ def calibrate(
 
 def leave_out(params: Params, config: LlamaConfig, batches: Iterable[jax.Array], share: float) -> Params:
     """The parameters with the thresholds of `calibrate`; a share of 0 is the model that keeps every block."""
-    kept = np.zeros(config.num_hidden_layers)  # a score is above 0
-    return set_thresholds(params, calibrate(params, config, batches, share) if share else kept)
+    below_all = np.full(config.num_hidden_layers, -1.0)
+    return set_thresholds(params, calibrate(params, config, batches, share) if share else below_all)
 
 
 _MOST = 0.99  # share that `solve_thresholds` asks calibration for
+_TRIES = 8
 
 
 def solve_thresholds(
@@ -310,20 +303,39 @@ def solve_thresholds(
 ) -> tuple[Params, prosparse.Point]:
     """Finds the share of blocks to leave out of the calibration text that meets one goal on the text measured.
 
-    Where both are the same text, the share is the goal itself but for what rounds and windows do. Goals and errors are
-    those of `prosparse.solve`, with the share in place of the threshold.
+    For a sparsity the share asked for moves by what the share measured misses: one try where both texts are the same,
+    two or three where they are not. For a perplexity or a rise it is found by bisection.
 
     Args:
         evaluate: a model's parameters -> perplexity, and the share of blocks left out of each layer.
         params: see `calibrate`; so are the batches.
+        sparsity, perplexity, rise, tolerance: as in `prosparse.solve`, with the share in place of the threshold. Where
+            the text is too short to tell shares within the tolerance apart, the smallest one met above the goal counts.
+
+    Raises:
+        ConfigError, ValueError: as `prosparse.solve`.
     """
 
     def measure(share: float) -> tuple[float, Any]:
         return evaluate(leave_out(params, config, batches, share))
 
-    first = min(sparsity or 0.25, _MOST)
-    point = prosparse.solve(measure, sparsity=sparsity, perplexity=perplexity, rise=rise, first=first, limit=_MOST,
-                            tolerance=tolerance)  # fmt: skip
+    if sparsity is None or perplexity is not None or rise is not None:
+        point = prosparse.solve(measure, sparsity=sparsity, perplexity=perplexity, rise=rise, first=0.25, limit=_MOST,
+                                tolerance=tolerance)  # fmt: skip
+    else:
+        check(0 < sparsity < 1, "sparsity", "a share between 0 and 1", sparsity)
+        share, points = min(sparsity, _MOST), []
+        for _ in range(_TRIES):
+            [point] = prosparse.sweep(measure, [share])
+            points.append(point)
+            if 0 <= point.mean_sparsity - sparsity <= tolerance:
+                break
+            share = min(max(share + sparsity + tolerance / 2 - point.mean_sparsity, 1e-3), _MOST)
+        met = [point for point in points if point.mean_sparsity >= sparsity]
+        if not met:
+            most = max(point.mean_sparsity for point in points)
+            raise ValueError(f"sparsity: expected a goal that thresholds can reach, {most:.4f} here, got {sparsity:g}")
+        point = min(met, key=lambda point: point.mean_sparsity)
     return leave_out(params, config, batches, point.setting), point
 
 

@@ -288,7 +288,7 @@ class FFN(nnx.Module):
         if self.routing.mode == "oracle":
             logits = routing.block_sums(hidden, self.routing.block_size)
         else:
-            logits = routing.router_logits(x, self.router[...])
+            logits = routing.router_logits(self.routing, x, self.router[...])
         logits = constrain(logits, "batch", "sequence", "blocks")
         return logits, routing.gates(self.routing, logits, self.router_threshold[...])
 

@@ -11,20 +11,25 @@ import jax.numpy as jnp
 
 from jsparse.config import Router
 
+SERVED: dict[Any, Any] = {"soft": "hard", "noisy_softmax": "softmax", "off": "top"}  # what follows on a training mode
 
-def router_logits(x: jax.Array, router: jax.Array) -> jax.Array:
-    """float32 [B, T, E] of the FFN's normalised input x [B, T, D] and a router [D, E].
 
-    Three bfloat16 passes on a TPU, TF32 on a GPU: exact in x where that is bfloat16, and nearly so in the router.
+def router_logits(router: Router, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32 [..., E] of the FFN's normalised input x [..., D] and a router's weights [D, E].
+
+    In full float32 where the model is used: prompts, decoding and the kernels then take a logit to the same side of a
+    threshold, but for the order of their sums. In training, which has two such products more in its backward pass,
+    three bfloat16 passes on a TPU and TF32 on a GPU: exact in x where that is bfloat16.
     """
-    return jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGH)
+    precision = "high" if router.mode in SERVED else "highest"
+    return jnp.einsum("...D,DE->...E", x.astype(jnp.float32), weights, precision=precision)
 
 
 def gates(router: Router, logits: jax.Array, threshold: jax.Array) -> jax.Array:
-    """The factor of each block, float32 [B, T, E].
+    """The factor of each block, float32 [..., E].
 
     Args:
-        logits: float32 [B, T, E], of a router; in mode "oracle" what `block_sums` makes of the layer's activations.
+        logits: float32 [..., E], of a router; in mode "oracle" what `block_sums` makes of the layer's activations.
         threshold: float32 [], a score (soft and hard) or the share of blocks to drop (the others). May be traced.
     """
     match router.mode:

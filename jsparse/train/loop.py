@@ -270,18 +270,18 @@ def check_same_recipe(run: epath.Path, config: TrainConfig, step: int) -> None:
     """Raises ConfigError where going on from `step` with this recipe would not be the same run.
 
     `steps` may change where the learning rate of the steps done stays what it was: always with a constant schedule,
-    with WSD before its decay, never with cosine.
+    with WSD before its decay, never with cosine; and not with LTE, whose stages go by the share of steps done and set
+    thresholds at the end.
     """
-    import yaml
-
-    before = configs.from_dict(TrainConfig, yaml.safe_load((run / "config.yaml").read_text()))
+    before = recipe_of(run)
     old, new = _flat(configs.to_dict(before)), _flat(configs.to_dict(config))
     free = set(_FREE)
     if isinstance(before.method, ProSparse) and isinstance(before.method.penalty, PaperCodeL1):
         free -= {"mesh", "accumulate"}  # this penalty depends on the size of a device's micro-batch
     check(config.steps >= step, "steps", f"at least the {step} that {run} has done", config.steps)
     done = jnp.arange(1, step + 1)
-    if np.array_equal(*(learning_rate(c.optimizer, c.steps)(done) for c in (before, config))):
+    same_rates = np.array_equal(*(learning_rate(c.optimizer, c.steps)(done) for c in (before, config)))
+    if same_rates and not isinstance(before.method, LteStage1 | LteStage2):
         free.add("steps")
     changed = [
         f"{name} {old.get(name)!r} -> {new.get(name)!r}"
@@ -291,6 +291,13 @@ def check_same_recipe(run: epath.Path, config: TrainConfig, step: int) -> None:
     if changed:
         raise ConfigError(f"{run}: cannot go on from step {step} with another recipe ({'; '.join(changed)}): "
                           "put the old values back or start another run folder")  # fmt: skip
+
+
+def recipe_of(run: epath.Path) -> TrainConfig:
+    """The recipe of a run folder."""
+    import yaml
+
+    return configs.from_dict(TrainConfig, yaml.safe_load((run / "config.yaml").read_text()))
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
@@ -314,7 +321,12 @@ def describe_model(config: TrainConfig, run: epath.Path, start: int) -> tuple[Ll
         folder = str(epath.Path(source.path).expanduser().resolve())
         model_config = hf.read_config(folder)
     elif source.run is not None:
-        model_config, about = checkpoint.load_model(epath.Path(source.run).expanduser())
+        before = epath.Path(source.run).expanduser()
+        model_config, about = checkpoint.load_model(before)
+        done, steps = max(checkpoint.steps(before), default=0), recipe_of(before).steps
+        check(source.step is not None or done == steps, "model.run",
+              "a complete run (`model.step` takes one of its checkpoints as it is)",
+              f"{source.run} after {done} of {steps} steps")  # fmt: skip
         folder = about["tokenizer"]
     else:
         assert source.config is not None
@@ -337,7 +349,7 @@ def starting_params(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, 
     if source.path is not None:
         params = hf.load(epath.Path(source.path).expanduser(), dtype=jnp.float32, mesh=mesh)[1]
     elif source.run is not None:
-        params = checkpoint.load_run(epath.Path(source.run).expanduser(), mesh=mesh)[1]
+        params = checkpoint.load_run(epath.Path(source.run).expanduser(), source.step, mesh)[1]
     else:
         params = model.init(jax.random.key(config.seed), bare, mesh)
     if not isinstance(method, AddsRouters):

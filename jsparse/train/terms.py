@@ -87,8 +87,8 @@ def make_terms(config: TrainConfig, model_config: LlamaConfig, shards: int) -> T
                 }
 
             # Scores that are still on their way to the threshold show in their mean, not in the share below it.
-            return Terms(lambda mask: lte.probe(mask, epsilon=epsilon), scores, losses, "missing",
-                         method.tokens == "loss")  # fmt: skip
+            return Terms(lambda mask: lte.probe(mask, epsilon=epsilon), scores, losses, controlled="missing",
+                         loss_tokens=method.tokens == "loss")  # fmt: skip
         case Predictor(select="router"):
 
             def cross_entropy(stats: Any, weight: jax.Array, tokens: jax.Array, progress: jax.Array) -> jax.Array:
@@ -112,8 +112,8 @@ def training_config(method: Method, model_config: LlamaConfig) -> LlamaConfig:
     """The config to train a model with: with the routers that the method adds, in the mode it trains them in.
 
     Raises:
-        ConfigError: stage 2 of LTE and a model without routers, routers for layers of several shapes, or a block size
-            that does not divide F.
+        ConfigError: stage 2 of LTE and a model without LTE's routers, routers for layers of several shapes, or a block
+            size that does not divide F.
     """
     if isinstance(method, AddsRouters):
         check(
@@ -130,10 +130,9 @@ def training_config(method: Method, model_config: LlamaConfig) -> LlamaConfig:
         case Predictor(select=select):
             return replace(model_config, router=Router(method.block_size, "off" if select == "router" else "oracle"))
         case LteStage2():
-            check(model_config.router is not None, "model.run", "the run of stage 1, whose model has routers, for "
-                  "method lte_stage2", "a model without routers")  # fmt: skip
-            assert model_config.router is not None
-            return replace(model_config, router=replace(model_config.router, mode="hard"))
+            mode = model_config.router.mode if model_config.router else "no router"
+            check(mode == "hard", "model.run", "stage 1's run, whose model has LTE's routers, mode 'hard', for method "
+                  "lte_stage2", mode)  # fmt: skip
     return model_config
 
 
