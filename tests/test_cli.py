@@ -13,7 +13,7 @@ from jsparse import config, hf, model
 from jsparse.cli import COMMANDS, run
 from jsparse.config import FatRelu, Relu, Router
 from jsparse.methods import lte
-from tests.helpers import save_byte_tokenizer, tiny_config
+from tests.helpers import random_params, save_byte_tokenizer, tiny_config
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 20
 
@@ -114,8 +114,7 @@ def test_threshold_by_either_criterion(home):
 
 def test_threshold_of_routers(home, capsys):
     dense = tiny_config(vocab_size=258, eos_token_id=256, bos_token_id=None)
-    params, routed = lte.add_routers(model.init(jax.random.key(0), dense), dense, Router(8), init="normal",
-                                     key=jax.random.key(1))  # fmt: skip
+    params, routed = lte.add_routers(random_params(dense), dense, Router(8), init="normal", key=jax.random.key(1))
     hf.save(home / "routed", routed, params, tokenizer=home / "tokenizer")
     shared = ["--data", "text.txt", "--max-tokens", "257", "--seq-len", "32"]
     goal = ["--target-sparsity", "0.6", "--sweep", "0", "0.3"]

@@ -185,7 +185,7 @@ class Study:
                     getattr(self, variant.kind)(variant)
                 except Exception:
                     say(f"{variant.name}: failed\n{traceback.format_exc()}")
-        say("\n" + "\n".join(line(row) for row in self.rows))
+            say("\n" + "\n".join(line(row) for row in self.rows))
 
     # ---- Training
 
