@@ -32,6 +32,18 @@ def test_assignment_is_balanced_and_nearly_the_best(clusters, size, seed, skewed
     assert costs[rows, labels].sum() <= best + 0.05 * (worst - best) + 1e-4
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_no_exchange_of_two_points_is_left_that_lowers_the_cost(clusters, size, seed):
+    rng = np.random.default_rng(seed)
+    costs = rng.random((clusters * size, clusters)).astype(np.float32)
+    labels = grouping._swap(costs, rng.permutation(np.arange(len(costs)) % clusters), size)
+    assert np.all(np.bincount(labels, minlength=clusters) == size)
+    moved = costs[:, labels]  # [i, j]: point i in j's place
+    stays = np.diagonal(moved)
+    assert np.min(moved + moved.T - stays[:, None] - stays[None]) >= -1e-5
+
+
 def test_kmeans_is_within_five_per_cent_of_exact_assignments(monkeypatch):
     """Points around eight centers, in unequal numbers, so that balance costs something."""
     rng = np.random.default_rng(0)

@@ -274,10 +274,12 @@ class Study:
     # ---- Variants
 
     def dense(self, variant: Variant) -> None:
-        if all(row["name"] != "pretrained" for row in self.rows):
+        names = [row["name"] for row in self.rows]
+        if "pretrained" not in names:
             self.measure("pretrained", self.params, self.config)
         self.trained, seen = self.fit(variant, self.params)
-        self.measure(variant.name, self.trained, self.config, **seen["about"])
+        if variant.name not in names:  # else it is trained again for others' sake
+            self.measure(variant.name, self.trained, self.config, **seen["about"])
 
     def lte(self, variant: Variant) -> None:
         method, soft = variant.method, self.routed(variant.method, variant.method)
