@@ -214,7 +214,7 @@ class Study:
             row |= {f"{name} before": value for name, value in self.measure(params).items()}
             folder, hold = str(home / f"{method}-2-4"), "hold={pattern: '2:4'}"
             hf.save(folder, self.config, params, tokenizer=args.model, overwrite=True)
-        base = configs.load(args.recovery_recipe, [f"model.path={folder}"])
+        base = configs.load(args.recovery_recipe, [f"model.path={folder}", *args.recovery_override])
         steps = max(2, args.recovery_tokens // (base.data.batch_size * base.data.seq_len))
         overrides = [f"run={home / f'recover-{method}'}", f"model.path={folder}", f"steps={steps}", hold,
                      f"data.train=[{{path: {args.train}}}]", f"data.tokenizer={args.model}",
