@@ -26,6 +26,7 @@ from jsparse.methods.patterns import (
     keep_largest,
     observe,
     parse_pattern,
+    pick,
     shares,
 )
 from jsparse.methods.pruning import (
@@ -36,7 +37,6 @@ from jsparse.methods.pruning import (
     block_statistics,
     compared,
     needs,
-    pick,
     prune,
     prune_block,
     ria_scores,
@@ -517,6 +517,9 @@ def test_check_names_the_first_broken_group():
     with pytest.raises(ValueError, match=r"layers\.0\.ffn\.down: output 7, inputs 4 to 7, keeps 0, expected 2"):
         check_pattern(broken(masks, "ffn", "down", (0, slice(4, 8), 7), False), NofM(2, 4), claim)
     check_pattern(broken(params, "ffn", "down", (0, slice(4, 8), 7), 0.0), NofM(2, 4), claim)  # fewer will do
+    mlp_only = masks | {"layers": masks["layers"] | {"attention": dict.fromkeys(masks["layers"]["attention"])}}
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.query: expected a mask for 2:4, got None"):
+        check_pattern(mlp_only, NofM(2, 4), {"attention.query": "input"})
     with pytest.raises(ValueError, match=r"layers\.0\.attention\.output: output 2, inputs 0 to 3, keeps 4"):
         check_pattern(broken(params, "attention", "output", (0, 0, slice(0, 4), 2), 1.0), NofM(2, 4), claim)
     with pytest.raises(ValueError, match=r"layers\.0\.ffn\.gate: the matrix keeps \d+, expected 768"):

@@ -32,8 +32,8 @@ from numpy.typing import ArrayLike
 
 from jsparse import model
 from jsparse.config import LlamaConfig, check
-from jsparse.methods.patterns import matrix
-from jsparse.methods.pruning import embed, pick
+from jsparse.methods.patterns import matrix, pick
+from jsparse.methods.pruning import embed
 from jsparse.methods.sparsegpt import exact_dot
 from jsparse.methods.subnet import check_dense
 from jsparse.model import Params

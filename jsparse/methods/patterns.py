@@ -111,6 +111,16 @@ def replace(tree: Any, values: Mapping[str, Any]) -> Any:
     return tree
 
 
+def pick(layers: Any, i: int) -> Any:
+    """What is of one block, of a stack or a list."""
+    return _pick_of_stack(layers, i) if isinstance(layers, dict) else layers[i]
+
+
+@jax.jit
+def _pick_of_stack(layers: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: x[i], layers)
+
+
 def joined(shape: tuple[int, ...], name: str) -> tuple[int, int]:
     """[I, O] of a parameter of one block: joins the head axes."""
     split = -1 if name.endswith("attention.output") else 1
@@ -190,30 +200,30 @@ def check_pattern(tree: Any, pattern: Pattern, axes: Mapping[str, Axis]) -> None
             anything. `pruning.compared` tells for a method.
     """
     found = []
-    for where, name, x, layer in each_matrix(tree, axes):
+    for where, name, x in each_matrix(tree, axes):
         if x is None:
             raise ValueError(f"{where}: expected a mask for {pattern}, got None")
-        shape = x.shape if layer is None else x.shape[1:]
-        check_divides(shape, where, axes[name], pattern)
-        found.append((where, shape, axes[name], _find_broken(x, layer, name, pattern, axes[name])))
+        check_divides(x.shape, where, axes[name], pattern)
+        found.append((where, x.shape, axes[name], _find_broken(x, name, pattern, axes[name])))
     for where, shape, axis, broken in jax.device_get(found):  # all are on their way before the first is read
         if broken.excess:
             raise ValueError(f"{where}: {describe_broken(broken, joined(shape, where), pattern, axis)}")
 
 
-def each_matrix(tree: Any, names: Iterable[str]) -> Iterator[tuple[str, str, Any, int | None]]:
-    """The named matrices of every layer: where ("layers.0.ffn.gate"), name, the array that holds it, and the index to
-    take of that (None: the array itself)."""
+def each_matrix(tree: Any, names: Iterable[str]) -> Iterator[tuple[str, str, Any]]:
+    """The named matrices of every layer, one at a time: where ("layers.0.ffn.gate"), name and the parameter, or mask,
+    of that layer."""
     layers = tree["layers"]
-    stacked = isinstance(layers, dict)
-    for i in range(len(get(layers, next(iter(names)))) if stacked else len(layers)):
+    count = len(jax.tree.leaves(layers)[0]) if isinstance(layers, dict) else len(layers)
+    for i in range(count):
         for name in names:
-            yield f"layers.{i}.{name}", name, get(layers if stacked else layers[i], name), i if stacked else None
+            x = _pick_of_stack(get(layers, name), i) if isinstance(layers, dict) else get(layers[i], name)
+            yield f"layers.{i}.{name}", name, x
 
 
 @functools.partial(jax.jit, static_argnames=("name", "pattern", "axis"))
-def _find_broken(x: jax.Array, layer: Any, name: str, pattern: Pattern, axis: Axis) -> Broken:
-    return find_broken(matrix(x if layer is None else x[layer], name), pattern, axis)
+def _find_broken(x: jax.Array, name: str, pattern: Pattern, axis: Axis) -> Broken:
+    return find_broken(matrix(x, name), pattern, axis)
 
 
 def check_claim(params: Any, pattern: Pattern, names: Iterable[str] = MLP) -> None:
@@ -224,12 +234,11 @@ def check_claim(params: Any, pattern: Pattern, names: Iterable[str] = MLP) -> No
     """
     axes: tuple[Axis, ...] = ("input", "output") if isinstance(pattern, NofM) else ("input", "output", "matrix")
     found = []
-    for where, name, x, layer in each_matrix(params, names):
-        shape = x.shape if layer is None else x.shape[1:]
-        fitting = [axis for axis in axes if divides(shape, name, axis, pattern)]
+    for where, name, x in each_matrix(params, names):
+        fitting = [axis for axis in axes if divides(x.shape, name, axis, pattern)]
         if not fitting:
-            check_divides(shape, where, axes[0], pattern)
-        found.append((where, shape, {axis: _find_broken(x, layer, name, pattern, axis) for axis in fitting}))
+            check_divides(x.shape, where, axes[0], pattern)
+        found.append((where, x.shape, {axis: _find_broken(x, name, pattern, axis) for axis in fitting}))
     for where, shape, by_axis in jax.device_get(found):
         axis, broken = min(by_axis.items(), key=lambda item: item[1].excess)
         if broken.excess:
@@ -254,29 +263,32 @@ GROUPS = (2, 4, 8, 16, 32)  # group sizes that `observe` looks for
 def observe(params: Any) -> tuple[MatrixZeros, ...]:
     """The zeros of the blocks' matrices, and the exact N:M pattern that they make where they make one: no group keeps
     more than N, and the matrix has no more zeros, by more than a hundredth, than that asks for."""
-    matrices = list(each_matrix(params, MLP + ATTENTION))
-    zeros = jax.device_get([_zeros(x, layer) for _, _, x, layer in matrices])
-    sizes = [x.size if layer is None else x.size // x.shape[0] for _, _, x, layer in matrices]
-    sparse = [i for i, (n, size) in enumerate(zip(zeros, sizes, strict=True)) if n > 0.01 * size]
-    most = [_most_kept(matrices[i][2], matrices[i][3], matrices[i][1]) for i in sparse]
-    kept = dict(zip(sparse, jax.device_get(most), strict=True))
+    names = MLP + ATTENTION
+    sizes, zeros = {}, {}
+    for where, _, x in each_matrix(params, names):
+        sizes[where], zeros[where] = x.size, _zeros(x)
+    zeros = jax.device_get(zeros)
+    sparse = {where for where, size in sizes.items() if zeros[where] > 0.01 * size}
+    most = {where: _most_kept(x, name) for where, name, x in each_matrix(params, names) if where in sparse}
+    most = jax.device_get(most)
     rows = []
-    for i, (where, _, _, _) in enumerate(matrices):
-        beyond = {key: zeros[i] / sizes[i] - (1 - n / key[0]) for key, n in kept.get(i, {}).items()}
-        exact = [f"{n}:{m} {axis}" for (m, axis), n in kept.get(i, {}).items() if 0 < n < m and beyond[m, axis] < 0.01]
-        rows.append(MatrixZeros(where, sizes[i], int(zeros[i]), exact[0] if exact else None))
+    for where, size in sizes.items():
+        share = zeros[where] / size
+        exact = [f"{n}:{m} {axis}" for (m, axis), n in most.get(where, {}).items()
+                 if 0 < n < m and share - (1 - n / m) < 0.01]  # fmt: skip
+        rows.append(MatrixZeros(where, size, int(zeros[where]), exact[0] if exact else None))
     return tuple(rows)
 
 
 @jax.jit
-def _zeros(x: jax.Array, layer: Any) -> jax.Array:
-    return jnp.sum((x if layer is None else x[layer]) == 0, dtype=jnp.int32)
+def _zeros(x: jax.Array) -> jax.Array:
+    return jnp.sum(x == 0, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def _most_kept(x: jax.Array, layer: Any, name: str) -> dict[tuple[int, str], jax.Array]:
+def _most_kept(x: jax.Array, name: str) -> dict[tuple[int, str], jax.Array]:
     """The most that any group of M keeps, by M and axis."""
-    kept = matrix(x if layer is None else x[layer], name) != 0
+    kept = matrix(x, name) != 0
     most = {}
     for m in GROUPS:
         for axis, lines in (("input", kept.T), ("output", kept)):
@@ -320,7 +332,8 @@ def hold(masks: Any) -> optax.GradientTransformation:
     """
 
     def init(params: Any) -> HoldState:
-        form, expected = jax.tree.structure(masks, is_leaf=_is_none), jax.tree.structure(params)
+        form: Any = jax.tree.structure(masks, is_leaf=_is_none)
+        expected: Any = jax.tree.structure(params)
         if form != expected:
             raise ValueError(f"masks: expected the parameters' form (layers stacked, or a list, as they are), got "
                              f"{form.num_leaves} leaves for {expected.num_leaves}")  # fmt: skip

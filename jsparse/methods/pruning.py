@@ -51,6 +51,7 @@ from jsparse.methods.patterns import (
     joined,
     keep_largest,
     matrix,
+    pick,
     replace,
     shares,
 )
@@ -561,16 +562,6 @@ def report(
 ) -> Report:
     sequences, seq_len = np.shape(tokens) if stream else (0, 0)  # type: ignore[arg-type, misc]
     return Report(str(pattern), sequences, seq_len, tuple(rows), skipped, *shares(rows, model.abstract(config)))
-
-
-@jax.jit
-def _pick_of_stack(layers: Any, i: Any) -> Any:
-    return jax.tree.map(lambda x: x[i], layers)
-
-
-def pick(layers: Any, i: int) -> Any:
-    """The parameters of one block, of a stack or a list."""
-    return _pick_of_stack(layers, i) if isinstance(layers, dict) else layers[i]
 
 
 def _put(layers: Any, i: int, values: Mapping[str, Any]) -> Any:

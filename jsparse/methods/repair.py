@@ -33,8 +33,8 @@ from numpy.typing import ArrayLike
 from jsparse import model
 from jsparse.config import LlamaConfig, check
 from jsparse.methods.importance import Importance, Moments, dense_blocks, keep_top, moments
-from jsparse.methods.patterns import matrix, replace
-from jsparse.methods.pruning import embed, pick
+from jsparse.methods.patterns import matrix, pick, replace
+from jsparse.methods.pruning import embed
 from jsparse.methods.sparsegpt import exact_dot
 from jsparse.methods.subnet import Genome, check_dense, zero_filled
 from jsparse.model import Params
