@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--train", help="token file to recover on")
     parser.add_argument("--out", default="prune_study.json")
     parser.add_argument("--parts", nargs="+", default=["speed", "quality", "recovery"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="float32 on a CPU")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=32, help="sequences a forward pass")
@@ -93,7 +94,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.lock = args, threading.Lock()
-        self.config, self.params = hf.load(args.model, dtype=jnp.bfloat16)
+        self.config, self.params = hf.load(args.model, dtype=args.dtype)
         self.texts = {name: self.tokens(name)[: args.eval_tokens + 1] for name in args.eval}
         device = jax.devices()[0].device_kind
         settings = dict(vars(args))
@@ -223,7 +224,7 @@ class Study:
         summary = train(configs.load(args.recovery_recipe, [*overrides, *args.recovery_override]))
         seconds = time.perf_counter() - began
         config, params, _ = load_run(summary.run)
-        values = self.measure(model.cast(params, config, jnp.bfloat16))
+        values = self.measure(model.cast(params, config, args.dtype))
         self.keep("recovery", row | values | {"tokens": summary.tokens, "distilled": args.distill, "seconds": seconds})
 
     # ---- Tables
