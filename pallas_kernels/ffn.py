@@ -1,6 +1,7 @@
-"""What the sparse feed-forward operations share: the packed weights and the gate's activation."""
+"""What the sparse feed-forward operations share: packed weights, activations, the dense form and its derivative."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -77,3 +78,61 @@ def check_ffn(x: jax.Array, weights: PackedFFN, residual: jax.Array | None) -> N
         raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
     if residual is not None and (residual.shape != (b, d) or residual.dtype != jnp.float32):
         raise ValueError(f"residual: expected float32 {(b, d)}, got {residual.dtype} {residual.shape}")
+
+
+def masked_ffn(
+    x: jax.Array,
+    weights: PackedFFN,
+    mask: jax.Array | None,
+    cutoff: jax.Array | None,
+    residual: jax.Array | None,
+    activation: Activation,
+    product: Any,
+) -> jax.Array:
+    """The dense form of the sparse operations: every neuron is computed, and some of them count, float32 [B, D].
+
+    Args:
+        mask: bool [B, F], the neurons that count; None: all.
+        cutoff: float32 [F] or None; what is smaller in magnitude counts as zero.
+        product: of `pallas_kernels.dense`.
+    """
+    hidden = activate(activation, product(x, weights.gate, 1, 1)) * product(x, weights.up, 1, 1)
+    if cutoff is not None:
+        hidden = jnp.where(jnp.abs(hidden) >= cutoff[None], hidden, 0.0)
+    if mask is not None:
+        hidden = jnp.where(mask, hidden, 0.0)
+    y = product(hidden, weights.down)
+    return y if residual is None else residual + y
+
+
+@dataclass(frozen=True)
+class Body:
+    """A backend's function with its settings, and the dense function whose derivative it has."""
+
+    run: Callable[..., jax.Array]
+    dense: Callable[..., jax.Array]
+    settings: tuple[tuple[str, Any], ...]  # arguments by name
+
+
+def _sparse_ffn(
+    body: Body, x: jax.Array, weights: PackedFFN, choice: tuple[Any, ...], residual: jax.Array | None
+) -> jax.Array:
+    """The body's result, float32 [B, D]. `choice`, what says which neurons count, has no derivative."""
+    return body.run(x, weights, *choice, residual=residual, **dict(body.settings))
+
+
+def _forward(body: Body, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return sparse_ffn(body, *operands), operands
+
+
+def _backward(body: Body, operands: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+    x, weights, choice, residual = operands
+    dense = replace(body, run=body.dense)
+    _, vjp = jax.vjp(lambda x, weights, residual: _sparse_ffn(dense, x, weights, choice, residual),
+                     x, weights, residual)  # fmt: skip
+    dx, dweights, dresidual = vjp(dy)
+    return dx, dweights, None, dresidual
+
+
+sparse_ffn: Any = jax.custom_vjp(_sparse_ffn, nondiff_argnums=(0,))
+sparse_ffn.defvjp(_forward, _backward)

@@ -1,8 +1,5 @@
-"""The public function of the block-sparse FFN: checks, choice of backend, derivative."""
+"""The public function of the block-sparse FFN: checks and choice of backend."""
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +9,7 @@ from pallas_kernels import backend
 from pallas_kernels.backend import Implementation
 from pallas_kernels.block_sparse_ffn import xla
 from pallas_kernels.block_sparse_ffn.reference import Router
-from pallas_kernels.ffn import Activation, PackedFFN, check_ffn
+from pallas_kernels.ffn import Activation, Body, PackedFFN, check_ffn, sparse_ffn
 
 
 def block_sparse_ffn(
@@ -69,49 +66,9 @@ def block_sparse_ffn(
         raise ValueError(f"mask: expected bool {(tokens, blocks)}, got {mask.dtype} {mask.shape}")
 
     choice = mask if router is None else Router(router, jnp.asarray(threshold, jnp.float32).reshape(1))
-    operands = backend.vary_together((x, weights, choice, residual))
+    operands = backend.vary_together((x, weights, (choice,), residual))
     module = backend.choose(__package__, implementation, x, weights, block_size)
-    y = _run(_Static(module.block_sparse_ffn, activation, block_size, deterministic, interpret), *operands)
+    settings = {"activation": activation, "block_size": block_size, "deterministic": deterministic,
+                "interpret": interpret}  # fmt: skip
+    y = sparse_ffn(Body(module.block_sparse_ffn, xla.block_sparse_ffn, tuple(settings.items())), *operands)
     return y if residual is not None else y.astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class _Static:
-    run: Callable[..., jax.Array]
-    activation: Activation
-    block_size: int
-    deterministic: bool
-    interpret: Any
-
-
-def _call(
-    static: _Static, x: jax.Array, weights: PackedFFN, choice: Router | jax.Array, residual: jax.Array | None
-) -> jax.Array:
-    return static.run(
-        x,
-        weights,
-        choice,
-        residual=residual,
-        activation=static.activation,
-        block_size=static.block_size,
-        deterministic=static.deterministic,
-        interpret=static.interpret,
-    )
-
-
-_run: Any = jax.custom_vjp(_call, nondiff_argnums=(0,))
-
-
-def _forward(static: _Static, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _run(static, *operands), operands
-
-
-def _backward(static: _Static, operands: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    x, weights, choice, residual = operands
-    dense = dataclasses.replace(static, run=xla.block_sparse_ffn)
-    _, vjp = jax.vjp(lambda x, weights, residual: _call(dense, x, weights, choice, residual), x, weights, residual)
-    dx, dweights, dresidual = vjp(dy)
-    return dx, dweights, None, dresidual
-
-
-_run.defvjp(_forward, _backward)

@@ -1,11 +1,12 @@
 """What the block-sparse FFN computes, in float32 and without skipping anything."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ffn import Activation, PackedFFN, activate
+from pallas_kernels.dense import exact
+from pallas_kernels.ffn import Activation, PackedFFN, masked_ffn
 
 
 class Router(NamedTuple):
@@ -23,8 +24,7 @@ def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
     """The blocks that each token uses: bool [B, E]."""
     if not isinstance(choice, Router):
         return choice
-    x, weight = x.astype(jnp.float32), choice.weight.astype(jnp.float32)
-    return jax.nn.sigmoid(jnp.dot(x, weight.T, precision="highest")) > choice.threshold[0]
+    return jax.nn.sigmoid(exact(x, choice.weight, 1, 1)) > choice.threshold[0]
 
 
 def block_sparse_ffn(
@@ -37,11 +37,8 @@ def block_sparse_ffn(
     block_size: int,
     deterministic: bool = True,
     interpret: bool = False,
+    product: Any = exact,
 ) -> jax.Array:
     """As `api.block_sparse_ffn`; `choice` is a router or a mask, bool [B, E]; the result float32 [B, D]."""
     mask = jnp.repeat(active_blocks(x, choice), block_size, axis=1)
-    gate, up, down = (w.astype(jnp.float32) for w in weights)
-    x = x.astype(jnp.float32)
-    hidden = activate(activation, jnp.dot(x, gate.T, precision="highest")) * jnp.dot(x, up.T, precision="highest")
-    y = jnp.dot(jnp.where(mask, hidden, 0.0), down, precision="highest")
-    return y if residual is None else residual + y
+    return masked_ffn(x, weights, mask, None, residual, activation, product)

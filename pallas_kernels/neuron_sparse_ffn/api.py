@@ -1,8 +1,5 @@
-"""The public function of the neuron-sparse FFN: checks, choice of backend, derivative."""
+"""The public function of the neuron-sparse FFN: checks and choice of backend."""
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import backend
 from pallas_kernels.backend import Implementation
-from pallas_kernels.ffn import Activation, PackedFFN, check_ffn
+from pallas_kernels.ffn import Activation, Body, PackedFFN, check_ffn, sparse_ffn
 from pallas_kernels.neuron_sparse_ffn import xla
 from pallas_kernels.neuron_sparse_ffn.reference import Predictor
 
@@ -61,61 +58,17 @@ def neuron_sparse_ffn(
         for (name, shape), array in zip(expected.items(), predictor, strict=True):
             if array.shape != shape:
                 raise ValueError(f"predictor.{name}: expected shape {shape}, got {array.shape}")
-        if predictor.up.dtype != predictor.down.dtype or predictor.threshold.dtype != jnp.float32:
-            raise ValueError(
-                "predictor: expected up of down's dtype and a float32 threshold, "
-                f"got {', '.join(str(a.dtype) for a in predictor)}"
-            )
+        dtypes = (x.dtype,) if x.dtype == jnp.float16 else (x.dtype, jnp.dtype(jnp.int8))  # of 127s, float16 overflows
+        if predictor.down.dtype not in dtypes or predictor.up.dtype != predictor.down.dtype:
+            raise ValueError(f"predictor: expected down and up of {' or '.join(map(str, dtypes))}, "
+                             f"got {predictor.down.dtype} and {predictor.up.dtype}")  # fmt: skip
+        if predictor.threshold.dtype != jnp.float32:
+            raise ValueError(f"predictor.threshold: expected float32, got {predictor.threshold.dtype}")
     if cutoff is not None and (cutoff.shape != (neurons,) or cutoff.dtype != jnp.float32):
         raise ValueError(f"cutoff: expected float32 {(neurons,)}, got {cutoff.dtype} {cutoff.shape}")
 
-    operands = backend.vary_together((x, weights, predictor, cutoff, residual))
+    operands = backend.vary_together((x, weights, (predictor, cutoff), residual))
     module = backend.choose(__package__, implementation, x, weights, predictor, cutoff)
-    y = _run(_Static(module.neuron_sparse_ffn, activation, deterministic, interpret), *operands)
+    settings = {"activation": activation, "deterministic": deterministic, "interpret": interpret}
+    y = sparse_ffn(Body(module.neuron_sparse_ffn, xla.neuron_sparse_ffn, tuple(settings.items())), *operands)
     return y if residual is not None else y.astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class _Static:
-    run: Callable[..., jax.Array]
-    activation: Activation
-    deterministic: bool
-    interpret: Any
-
-
-def _call(
-    static: _Static,
-    x: jax.Array,
-    weights: PackedFFN,
-    predictor: Predictor | None,
-    cutoff: jax.Array | None,
-    residual: jax.Array | None,
-) -> jax.Array:
-    return static.run(
-        x,
-        weights,
-        predictor,
-        cutoff,
-        residual=residual,
-        activation=static.activation,
-        deterministic=static.deterministic,
-        interpret=static.interpret,
-    )
-
-
-_run: Any = jax.custom_vjp(_call, nondiff_argnums=(0,))
-
-
-def _forward(static: _Static, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _run(static, *operands), operands
-
-
-def _backward(static: _Static, operands: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    x, weights, predictor, cutoff, residual = operands
-    dense = dataclasses.replace(static, run=xla.neuron_sparse_ffn)
-    _, vjp = jax.vjp(lambda x, w, residual: _call(dense, x, w, predictor, cutoff, residual), x, weights, residual)
-    dx, dweights, dresidual = vjp(dy)
-    return dx, dweights, None, None, dresidual
-
-
-_run.defvjp(_forward, _backward)

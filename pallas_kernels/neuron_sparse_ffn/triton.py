@@ -97,7 +97,7 @@ def _project(x: jax.Array, predictor: Predictor, interpret: Any) -> jax.Array:
             z_ref[b, unit] = jnp.maximum(value, 0.0).astype(z_ref.dtype)
 
     rank = predictor.down.shape[0]
-    out = like(x, (x.shape[0], rank), predictor.down.dtype)
+    out = like(x, (x.shape[0], rank), x.dtype)
     return shared.call(kernel, out, programs=rank, warps=4, interpret=interpret)(x, predictor.down)
 
 

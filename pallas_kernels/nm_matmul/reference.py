@@ -3,8 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from pallas_kernels.dense import exact
 from pallas_kernels.ffn import Activation, activate
 from pallas_kernels.nm_matmul.packing import PackedNM, unpack
 
@@ -13,9 +13,9 @@ def unsupported(x: jax.Array, *weights: PackedNM) -> str | None:
     return None
 
 
-def nm_matmul(x: jax.Array, weight: PackedNM, interpret: Any = False) -> jax.Array:
+def nm_matmul(x: jax.Array, weight: PackedNM, interpret: Any = False, product: Any = exact) -> jax.Array:
     """x [B, I] times the matrix [I, O], float32 [B, O]."""
-    return jnp.dot(x.astype(jnp.float32), unpack(weight).astype(jnp.float32), precision="highest")
+    return product(x, unpack(weight))
 
 
 def nm_ffn(
@@ -26,8 +26,9 @@ def nm_ffn(
     residual: jax.Array | None,
     activation: Activation,
     interpret: Any = False,
+    product: Any = exact,
 ) -> jax.Array:
     """(act(x gate) * (x up)) down, plus the residual, float32 [B, D]."""
-    hidden = activate(activation, nm_matmul(x, gate)) * nm_matmul(x, up)
-    y = nm_matmul(hidden, down)
+    gate_product, up_product = (nm_matmul(x, weight, product=product) for weight in (gate, up))
+    y = nm_matmul(activate(activation, gate_product) * up_product, down, product=product)
     return y if residual is None else residual + y

@@ -1,33 +1,12 @@
-"""The packed N:M products as dense ones: runs everywhere, saves memory between calls and no time."""
+"""The packed N:M products as dense ones in x's dtype: runs everywhere, saves memory between calls and no time."""
 
-from typing import Any
+import functools
 
-import jax
-import jax.numpy as jnp
+from pallas_kernels.dense import native
+from pallas_kernels.nm_matmul import reference
+from pallas_kernels.nm_matmul.reference import unsupported
 
-from pallas_kernels.ffn import Activation, activate
-from pallas_kernels.nm_matmul.packing import PackedNM, unpack
+__all__ = ["nm_ffn", "nm_matmul", "unsupported"]
 
-
-def unsupported(x: jax.Array, *weights: PackedNM) -> str | None:
-    return None
-
-
-def nm_matmul(x: jax.Array, weight: PackedNM, interpret: Any = False) -> jax.Array:
-    """x [B, I] times the matrix [I, O], float32 [B, O]."""
-    return jnp.dot(x, unpack(weight), preferred_element_type=jnp.float32)
-
-
-def nm_ffn(
-    x: jax.Array,
-    gate: PackedNM,
-    up: PackedNM,
-    down: PackedNM,
-    residual: jax.Array | None,
-    activation: Activation,
-    interpret: Any = False,
-) -> jax.Array:
-    """(act(x gate) * (x up)) down, plus the residual, float32 [B, D]. Hidden values are rounded to x's dtype."""
-    hidden = activate(activation, nm_matmul(x, gate)) * nm_matmul(x, up)
-    y = nm_matmul(hidden.astype(x.dtype), down)
-    return y if residual is None else residual + y
+nm_matmul = functools.partial(reference.nm_matmul, product=native)
+nm_ffn = functools.partial(reference.nm_ffn, product=native)

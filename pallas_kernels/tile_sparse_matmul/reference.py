@@ -3,8 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from pallas_kernels.dense import exact
 from pallas_kernels.tile_sparse_matmul.api import Sparse
 from pallas_kernels.tile_sparse_matmul.masks import masked
 
@@ -21,25 +21,27 @@ def matmul(
     tile: int,
     transposed: bool,
     interpret: Any = False,
+    product: Any = exact,
 ) -> jax.Array:
     """x [T, I] times the weight [I, O], or, transposed, a weight [O, I]: [T, O] of x's dtype."""
     if sparse == "inputs":
         x = masked(x, mask, tile)
-    y = _dot(x, weight, 1, int(transposed)).astype(x.dtype)
+    y = product(x, weight, 1, int(transposed)).astype(x.dtype)
     return masked(y, mask, tile) if sparse == "outputs" else y
 
 
 def weight_gradient(
-    x: jax.Array, dy: jax.Array, mask: jax.Array, sparse: Sparse, tile: int, interpret: Any = False
+    x: jax.Array,
+    dy: jax.Array,
+    mask: jax.Array,
+    sparse: Sparse,
+    tile: int,
+    interpret: Any = False,
+    product: Any = exact,
 ) -> jax.Array:
     """x^T dy, [I, O] of x's dtype, each block summed over the tiles that use it."""
     if sparse == "inputs":
         x = masked(x, mask, tile)
     else:
         dy = masked(dy, mask, tile)
-    return _dot(x, dy, 0, 0).astype(x.dtype)
-
-
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision="highest")
+    return product(x, dy, 0, 0).astype(x.dtype)

@@ -1,44 +1,12 @@
-"""The tile-sparse product as dense ones between masks: runs everywhere, in the dense time."""
+"""The tile-sparse product as dense ones in x's dtype between masks: runs everywhere, in the dense time."""
 
-from typing import Any
+import functools
 
-import jax
-import jax.numpy as jnp
+from pallas_kernels.dense import native
+from pallas_kernels.tile_sparse_matmul import reference
+from pallas_kernels.tile_sparse_matmul.reference import unsupported
 
-from pallas_kernels.tile_sparse_matmul.api import Sparse
-from pallas_kernels.tile_sparse_matmul.masks import masked
+__all__ = ["matmul", "unsupported", "weight_gradient"]
 
-
-def unsupported(x: jax.Array, weight: jax.Array, mask: jax.Array, sparse: Sparse, tile: int) -> str | None:
-    return None
-
-
-def matmul(
-    x: jax.Array,
-    weight: jax.Array,
-    mask: jax.Array,
-    sparse: Sparse,
-    tile: int,
-    transposed: bool,
-    interpret: Any = False,
-) -> jax.Array:
-    """As `reference.matmul`."""
-    if sparse == "inputs":
-        x = masked(x, mask, tile)
-    y = _dot(x, weight, 1, int(transposed)).astype(x.dtype)
-    return masked(y, mask, tile) if sparse == "outputs" else y
-
-
-def weight_gradient(
-    x: jax.Array, dy: jax.Array, mask: jax.Array, sparse: Sparse, tile: int, interpret: Any = False
-) -> jax.Array:
-    """As `reference.weight_gradient`."""
-    if sparse == "inputs":
-        x = masked(x, mask, tile)
-    else:
-        dy = masked(dy, mask, tile)
-    return _dot(x, dy, 0, 0).astype(x.dtype)
-
-
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
+matmul = functools.partial(reference.matmul, product=native)
+weight_gradient = functools.partial(reference.weight_gradient, product=native)
