@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ class Generate:
             check(len(ids) > 0, "--prompt", "a text of at least one token", text)
         with _model(self.model, self.compute, packed=True) as (config, params):
             if self.predictor:
-                params = pack(params, config, predictor.load(self.model, config, self.compute.dtype))
+                params = pack(params, config, predictor.load(self.model, config))
             stream = _Stream(tokenizer, self.prompt[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
             found = generate(params, config, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling,
                              seed=self.seed, on_token=stream, implementation=self.implementation)  # fmt: skip
@@ -622,7 +623,7 @@ class BenchFfn:
     implementation: tuple[Literal["sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"], ...] = ("sparse",)
     batch: tuple[int, ...] = (1, 2, 4, 8, 16)  # rows
     sparsity: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-    rank: int = 1024  # of the predictors
+    rank: int = 1024  # of the predictors, which are of int8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seconds: float = 300.0  # what does not fit is left out
     probe_bytes: int = 2**30  # of the arrays that measure the bandwidth
@@ -652,7 +653,7 @@ class BenchFfn:
         for name, fitted in lines.items():
             print(f"\n{name}: a layer in us, start + bytes / rate (jsparse.inference.costs.LINES)")
             for kind, by_batch in fitted.items():
-                shown = ", ".join(f"{b}: Line({x.start:.1f}, {x.rate:.3g})" for b, x in by_batch.items())
+                shown = ", ".join(f"{b}: Line({x.start:.1f}, {x.rate / 1e6:.2f}e6)" for b, x in by_batch.items())
                 print(f'    "{kind}": {{{shown}}},')
         _print_speeds(rows, ("shape", "batch", "kind", "implementation", "measured", "us"))
         fits = {name: {kind: {b: dataclasses.asdict(x) for b, x in by.items()} for kind, by in fitted.items()}
@@ -672,7 +673,7 @@ class BenchDecode:
     batch: tuple[int, ...] = (1,)  # rows
     context: int = 512  # tokens in the cache at the first step
     steps: int = 64  # timed
-    rank: int = 1024  # of the predictors
+    rank: int = 1024  # of the predictors, which are of int8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seconds: float = 300.0  # what does not fit is left out
     probe_bytes: int = 2**30  # of the arrays that measure the bandwidth
@@ -754,27 +755,32 @@ def _write_measurements(path: Path, what: str, command: Any, values: dict[str, A
 class Predict:
     """Train predictors of a ReLU model's active neurons, and put them into its folder.
 
-    Prints recall, predicted sparsity and the perplexity with the predictors on, for each recall asked for; the last one
-    is kept. predictor.json holds the whole curve.
+    Each layer gets the rank that reads the fewest bytes at the recall asked for, or no predictor where its gate is
+    cheaper. Prints recall, precision, predicted sparsity, bytes and the perplexity with the predictors on, for each
+    recall asked for. Kept is what reads least within --rise, or the least perplexity where nothing is. predictor.json
+    holds the choices by layer and the whole curves.
     """
 
     model: Positional[str]  # model folder
     data: str  # text, JSONL, Parquet, token store or `datasets` name
     held_out: int = 16  # windows of the text to measure on, its last ones
     split: str = "train"  # of a `datasets` name
-    rank: int = 1024
+    rank: tuple[int, ...] = ()  # to choose from, layer by layer; by default 1/32, 1/16, 1/8 and 1/4 of the width
     steps: int = 1000
     seq_len: int = 512  # tokens of a window
     batch_size: int = 2  # windows a step
     lr: float = 1e-3
     negatives: float = 0.005  # larger: fewer neurons are predicted, with a lower recall
-    recall: tuple[float, ...] = (0.99, 0.95, 0.9)  # of every layer
+    recall: tuple[float, ...] = (0.999, 0.99, 0.95, 0.9)  # of every layer
+    rise: float = 0.02  # of the perplexity, that is acceptable
     powerinfer: str | None = None  # a new folder, for PowerInfer's converter
     seed: int = 0
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
     overwrite: bool = False
 
     def run(self) -> None:
+        import numpy as np
+
         from jsparse.inference import pack
         from jsparse.inference.perplexity import evaluate, predicted_perplexity
         from jsparse.methods import predictor
@@ -783,6 +789,7 @@ class Predict:
         check(self.overwrite or not target.exists(), "model", f"one without {predictor.FILE} (or --overwrite)",
               self.model)  # fmt: skip
         check(len(self.recall) > 0 and self.held_out > 0, "--recall, --held-out", "at least one each", self.recall)
+        check(self.rise >= 0, "--rise", "0 or more", self.rise)
         check(self.powerinfer is None or not Path(self.powerinfer).exists(), "--powerinfer", "a new folder",
               self.powerinfer)  # fmt: skip
         with _model(self.model, self.compute) as (config, params):
@@ -790,32 +797,50 @@ class Predict:
             count = len(tokens) // self.seq_len
             check(count > self.held_out, "--data", f"more than {self.held_out} windows of {self.seq_len} tokens", count)
             windows = tokens[: count * self.seq_len].reshape(count, self.seq_len)
-            made = predictor.train(params, config, windows[: -self.held_out], rank=self.rank, steps=self.steps,
-                                   batch_size=self.batch_size, lr=self.lr, negatives=self.negatives, seed=self.seed,
-                                   progress=_progress("steps"))  # fmt: skip
-            measured = predictor.curve(made, params, config, windows[-self.held_out :])
+            made = predictor.train(params, config, windows[: -self.held_out], ranks=self.rank or None,
+                                   steps=self.steps, batch_size=self.batch_size, lr=self.lr, negatives=self.negatives,
+                                   seed=self.seed, progress=_progress("steps"))  # fmt: skip
+            measured = predictor.curves(made, params, config, windows[-self.held_out :])
             held_out = windows[-self.held_out :].reshape(-1)
             exact = evaluate(params, config, held_out, seq_len=self.seq_len).perplexity
-            print(f"active: {measured.active.mean():.2%} of the neurons; perplexity {exact:.3f}")
-            rows = []
+            active = next(iter(measured.values())).active
+            print(f"active: {active.mean():.2%} of the neurons; without predictors a token reads "
+                  f"{(1 + 2 * active.mean()) / 3:.2%} of the FFNs; perplexity {exact:.3f}")  # fmt: skip
+            rows: list[dict[str, Any]] = []
             for recall in self.recall:
-                chosen, index = predictor.choose(made, measured, recall)
-                layers = range(len(index))
-                found = {"wanted": recall, "recall": float(measured.recall[layers, index].mean()),
-                         "precision": float(measured.precision[layers, index].mean()),
-                         "sparsity": float(measured.sparsity[layers, index].mean()),
-                         "perplexity": predicted_perplexity(pack(params, config, chosen), config, held_out,
-                                                            seq_len=self.seq_len)}  # fmt: skip
-                rows.append(found)
+                picks = predictor.choose(measured, config, recall)
+                found = {name: float(np.mean([getattr(pick, name) for pick in picks]))
+                         for name in ("recall", "precision", "sparsity", "share")}  # fmt: skip
+                packed = pack(params, config, predictor.assemble(made, picks))
+                found["perplexity"] = predicted_perplexity(packed, config, held_out, seq_len=self.seq_len)
+                rows.append({"wanted": recall, **found, "layers": [dataclasses.asdict(pick) for pick in picks]})
                 print(f"recall {found['recall']:.2%}  precision {found['precision']:.2%}  predicted sparsity "
-                      f"{found['sparsity']:.2%}  perplexity {found['perplexity']:.3f}", flush=True)  # fmt: skip
-            predictor.save(self.model, chosen)
+                      f"{found['sparsity']:.2%}  reads {found['share']:.2%} of the FFNs  perplexity "
+                      f"{found['perplexity']:.3f}  ranks {_ranks(picks)}", flush=True)  # fmt: skip
+
+            def order(row: dict[str, Any]) -> tuple[bool, float]:
+                beyond = row["perplexity"] > exact * (1 + self.rise)
+                return beyond, row["perplexity" if beyond else "share"]
+
+            kept = min(rows, key=order)
+            dear = f", though it costs more than {self.rise:.1%} of the perplexity" if order(kept)[0] else ""
+            print(f"kept: recall {kept['wanted']:g}{dear}")
+            picks = predictor.choose(measured, config, kept["wanted"])
+            predictor.save(self.model, predictor.assemble(made, picks))
             if self.powerinfer:
-                predictor.powerinfer(self.powerinfer, made, params)
-        whole = {name: getattr(measured, name).tolist() for name in ("threshold", "recall", "precision", "sparsity")}
+                largest = max(made)
+                ranked = [made[pick.rank or largest][layer] for layer, pick in enumerate(picks)]
+                predictor.powerinfer(self.powerinfer, ranked, params)
+        whole = {rank: {name: x.tolist() for name, x in vars(curve).items()} for rank, curve in measured.items()}
         _write_json(target.with_suffix(".json"), {"command": "predict", "settings": dataclasses.asdict(self),
-                                                  "perplexity": exact, "active": measured.active.tolist(),
-                                                  "chosen": rows, "curve": whole})  # fmt: skip
+                                                  "perplexity": exact, "chosen": rows, "kept": kept["wanted"],
+                                                  "curves": whole})  # fmt: skip
+
+
+def _ranks(picks: Sequence[Any]) -> str:
+    """How many layers have which predictor."""
+    counted = sorted(Counter(pick.rank for pick in picks).items())
+    return ", ".join(f"{rank or 'none'}: {count}" for rank, count in counted)
 
 
 COMMANDS = {
@@ -1028,4 +1053,4 @@ def _write_json(path: Path, values: Any) -> None:
 def _print_table(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # in a pipe or a file nothing is to be cut off

@@ -58,7 +58,7 @@ def test_predictors_of_a_known_sparsity():
     weights = ffn._random_weights(SHAPE, "float32")[:1]
     x, common = ffn._inputs(2, SHAPE.hidden_size)
     layer = ffn._with_sparsity(ffn._ffn(weights[0], "predicted", 16), x, common, 0.75, "predicted")
-    assert ffn._share(layer, x, ffn._config(SHAPE, "predicted"), "predicted") == pytest.approx(0.25)
+    assert ffn._share(layer, x, ffn._config(SHAPE, "predicted")) == pytest.approx(0.25)
 
 
 def test_nothing_is_zeros_and_layers_differ():

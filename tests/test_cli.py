@@ -92,7 +92,12 @@ def test_predict_then_generate(home, capsys):
     assert code == 2 and "jsparse predict makes it" in error
     assert run(["predict", "relu", *shared, "--recall", "0.9", "0.5", "--powerinfer", "powerinfer"]) == 0
     values = json.loads((home / "relu" / "predictor.json").read_text())
-    assert [row["wanted"] for row in values["chosen"]] == [0.9, 0.5] and len(values["curve"]["recall"]) == 2
+    exact, rows = values["perplexity"], values["chosen"]
+    assert [row["wanted"] for row in rows] == [0.9, 0.5] and len(values["curves"]["8"]["recall"]) == 2
+    assert all(len(row["layers"]) == 2 for row in rows) and rows[1]["share"] < rows[0]["share"]
+    within = [row for row in rows if row["perplexity"] <= 1.02 * exact]
+    best = min(within, key=lambda row: row["share"]) if within else min(rows, key=lambda row: row["perplexity"])
+    assert values["kept"] == best["wanted"]
     assert {p.name for p in (home / "powerinfer").iterdir()} == {"config.json", "model_0.pt", "model_1.pt"}
     code, error = answer(capsys, "predict", "relu", *shared)
     assert code == 2 and "--overwrite" in error

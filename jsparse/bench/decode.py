@@ -33,6 +33,7 @@ from jsparse.inference.decoder import (
     used_share,
 )
 from jsparse.inference.generate import Choice, State, _decode, bucket
+from jsparse.methods.predictor import quantise
 from jsparse.model import Cache
 from pallas_kernels.ffn import PackedFFN
 from pallas_kernels.neuron_sparse_ffn import Predictor
@@ -104,7 +105,7 @@ def bench_decode(
         variants: names of `VARIANTS`. The best dense one is what the others are compared with.
         implementation: "sparse" for the best kernel there is, or a kernel by name.
         context: tokens in the cache at the first step. Its keys and values are random.
-        rank: of the predictors.
+        rank: of the predictors, which are of int8.
         budget: variants that it has no time left for, compiling included, are left out.
         tell: called with a line of text for each measurement.
     """
@@ -165,9 +166,9 @@ def _timed(run: Any, decoder: Decoder, state: State, choice: Choice, until: int)
 
 def _step_bytes(decoder: Decoder, config: LlamaConfig, share: float, cached: float) -> float:
     """Bytes that a step reads, with `cached` tokens of all rows in the cache."""
-    kind = sparse_kind(decoder, config)
     total: float = decoder.head.nbytes
     for layer in decoder.layers:
+        kind = sparse_kind(layer.ffn, config)
         attention, kv = layer.attention, layer.attention.qkv.shape[0] - layer.attention.output.shape[1]
         total += attention.qkv.nbytes + attention.output.nbytes + cached * kv * attention.qkv.dtype.itemsize
         total += bytes_read(layer.ffn, kind, share) if kind else sum(w.nbytes for w in layer.ffn.weights)
@@ -204,7 +205,6 @@ def _random_decoder(config: LlamaConfig, dtype: str) -> Decoder:
 def _variant(dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int) -> tuple[Decoder, LlamaConfig]:
     """The decoder whose tokens leave out the variant's share, on the dense one's weights."""
     d, f = shape.hidden_size, shape.intermediate_size
-    dtype = dense.embed.dtype.name
     quantile = statistics.NormalDist().inv_cdf(variant.sparsity) if variant.sparsity else 0.0
     score = DEVIATION * d**0.5  # deviation of a product of the normalised input, whose mean square is 1
     keys = jax.random.split(jax.random.key(7), shape.num_hidden_layers)
@@ -229,8 +229,8 @@ def _variant(dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int) ->
 
             def predictor(key: jax.Array) -> dict[str, Any]:
                 keys = jax.random.split(key)
-                down, up = _normal(keys[0], (rank, d), dtype), _normal(keys[1], (f, rank), dtype)
-                return {"predictor": Predictor(down, up, threshold)}
+                down, up = _normal(keys[0], (rank, d), "float32"), _normal(keys[1], (f, rank), "float32")
+                return {"predictor": quantise(Predictor(down, up, threshold))}
 
             return with_ffn(predictor), dataclasses.replace(shape, activation=FatRelu(score * quantile))
         case "packed":
@@ -251,10 +251,7 @@ def _two_of_four(matrix: jax.Array, axis: Any) -> PackedNM:
 
 def _share(decoder: Decoder, config: LlamaConfig, batch: int) -> float:
     """The share of the FFNs that steps use, measured on random inputs of every layer."""
-    kind = sparse_kind(decoder, config)
-    if kind is None:
-        return 1.0
-    measure = jax.jit(functools.partial(used_share, config=config, kind=kind))
+    measure = jax.jit(functools.partial(used_share, config=config))
     shares = []
     for i, layer in enumerate(decoder.layers):
         x = jax.random.normal(jax.random.key(i), (batch, WINDOW, config.hidden_size)).astype(decoder.embed.dtype)

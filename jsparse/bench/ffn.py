@@ -20,9 +20,11 @@ from jsparse.bench.timing import CUBLAS, Bandwidth, Budget, compile_all, seconds
 from jsparse.config import LlamaConfig, Relu, Router, Silu
 from jsparse.inference.costs import Line, bytes_read
 from jsparse.inference.decoder import Ffn, Implementation, Kind, dense_ffn, sparse_ffn, used_share
+from jsparse.methods.predictor import quantise
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.ffn import PackedFFN
 from pallas_kernels.neuron_sparse_ffn import Predictor
+from pallas_kernels.neuron_sparse_ffn.reference import predicted_scores
 
 ROUNDS = 128  # over all layers, in one timed call: what the host takes to start one is not to matter
 ROTATED = 2e9  # bytes of weights that take turns: far more than any cache holds
@@ -69,7 +71,7 @@ def bench_ffn(
         kinds: what to skip, see `jsparse.inference.decoder`.
         implementations: "sparse" for the best kernel there is, or kernels by name.
         sparsities: shares of blocks or neurons that are not used. Of "neurons" the gate is read whole all the same.
-        rank: of the predictors.
+        rank: of the predictors, which are of int8.
         budget: batches that it has no time left for are left out.
         tell: called with a line of text for each measurement.
     """
@@ -155,7 +157,7 @@ def _bench_batch(
                 tell(f"{kind}, batch {batch}, {sparsity:.0%} sparse: left out, no time left")
                 continue
             set_up = [_with_sparsity(ffn, x, common, sparsity, kind) for ffn in ffns[kind]]
-            share = float(np.mean([_share(ffn, x, _config(shape, kind), kind) for ffn in set_up]))
+            share = float(np.mean([_share(ffn, x, _config(shape, kind)) for ffn in set_up]))
             for (k, implementation), run in zip(variants, compiled[len(baselines) :], strict=True):
                 if k == kind:
                     measure(run, kind, implementation, sparsity, 1 - share, set_up, bytes_read(set_up[0], kind, share))
@@ -252,15 +254,14 @@ def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: str) ->
 
 def _ffn(weights: PackedFFN, kind: Kind | None, rank: int) -> Ffn:
     f, d = weights.gate.shape
-    dtype = weights.gate.dtype.name
     ffn = Ffn(weights)
     match kind:
         case "blocks":
             router = _normal(jax.random.key(2), (f // Router().block_size, d), 1, "float32")
             return ffn._replace(router=router, router_threshold=jnp.float32(0))
         case "predicted":
-            down, up = _normal(jax.random.key(3), (rank, d), 1, dtype), _normal(jax.random.key(4), (f, rank), 1, dtype)
-            return ffn._replace(predictor=Predictor(down, up, jnp.zeros(f, jnp.float32)))
+            down, up = (_normal(jax.random.key(i), s, 1, "float32") for i, s in ((3, (rank, d)), (4, (f, rank))))
+            return ffn._replace(predictor=quantise(Predictor(down, up, jnp.zeros(f, jnp.float32))))
     return ffn
 
 
@@ -300,14 +301,12 @@ def _with_sparsity(ffn: Ffn, x: jax.Array, common: jax.Array, sparsity: Any, kin
             moved = gate.astype(jnp.float32) - (cut(product(rows, gate)) / along * common)[None]
             return ffn._replace(weights=ffn.weights._replace(gate=moved.astype(gate.dtype)))
         case "predicted":
-            down, up, threshold = ffn.predictor
-            hidden = jax.nn.relu(product(rows, down)).astype(up.dtype)
-            level = jnp.full_like(threshold, cut(product(hidden, up)))
+            level = jnp.full_like(ffn.predictor.threshold, cut(predicted_scores(rows, ffn.predictor)))
             return ffn._replace(predictor=ffn.predictor._replace(threshold=level))
     raise ValueError(f"{kind}: has no threshold that sets a sparsity")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
-def _share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="config")
+def _share(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> jax.Array:
     rows = _normed(x, ffn)[1][:, None]
-    return used_share(ffn, rows, config, kind, jnp.ones(rows.shape[:2], bool))
+    return used_share(ffn, rows, config, jnp.ones(rows.shape[:2], bool))

@@ -40,19 +40,21 @@ def choose(decoder: Decoder, config: LlamaConfig, batch: int, shares: np.ndarray
 
     Dense where it is not known: on other devices than GPUs, and for larger batches than were measured.
     """
-    kind = sparse_kind(decoder, config)
-    if kind == "packed":
+    kinds = [sparse_kind(layer.ffn, config) for layer in decoder.layers]
+    if "packed" in kinds:
         return "sparse"  # what is dense would have to be unpacked at every step
-    if kind is None or shares is None or jax.default_backend() != "gpu":
+    if shares is None or jax.default_backend() != "gpu":
         return "dense"
-    dense, sparse = _line("dense", batch), _line(kind, batch)
-    if dense is None or sparse is None:
-        return "dense"
-    ffns = [layer.ffn for layer in decoder.layers]
-    router = sum(_nbytes(ffn.router) for ffn in ffns)
-    whole = sum(_nbytes(ffn.weights) for ffn in ffns) + router  # routers mask the dense implementation too
-    used = sum(bytes_read(ffn, kind, float(share)) for ffn, share in zip(ffns, shares, strict=True))
-    return "sparse" if sparse.us(used / len(ffns)) < dense.us(whole / len(ffns)) else "dense"
+    dense_us = sparse_us = 0.0
+    for layer, kind, share in zip(decoder.layers, kinds, shares, strict=True):
+        dense, sparse = _line("dense", batch), _line(kind or "dense", batch)
+        if dense is None or sparse is None:
+            return "dense"
+        ffn = layer.ffn
+        whole = _nbytes(ffn.weights) + _nbytes(ffn.router)  # routers mask the dense implementation too
+        dense_us += dense.us(whole)
+        sparse_us += sparse.us(bytes_read(ffn, kind, float(share)) if kind else whole)
+    return "sparse" if sparse_us < dense_us else "dense"
 
 
 def bytes_read(ffn: Ffn, kind: Kind, share: float) -> float:

@@ -20,6 +20,8 @@ What a decoder can skip depends on its model:
                 is not zero (ReLU, FATReLU, CETT, CATS; exact)
     predicted   a predictor names the neurons, and the gate is skipped too (approximate)
     packed      N:M weights (`jsparse.methods.packing`) leave out their zeros; every step reads the same
+
+Layers may differ in that: some may have no predictor, or matrices that are not packed.
 """
 
 import functools
@@ -93,22 +95,23 @@ class Decoder(NamedTuple):
     head: jax.Array  # [V, D]; the embedding itself where they are tied
 
 
-def pack(params: Params, config: LlamaConfig, predictors: Sequence[Predictor] | None = None) -> Decoder:
+def pack(params: Params, config: LlamaConfig, predictors: Sequence[Predictor | None] | None = None) -> Decoder:
     """Packs a model's parameters, in their dtypes. Layers may differ in their widths.
 
     The result shares no matrix with `params` but the embedding: drop them where memory is short.
 
     Args:
         params: stacked or unstacked.
-        predictors: of each layer's active neurons, see `jsparse.methods.predictor`. They are used while decoding, not
-            for the prompt.
+        predictors: of each layer's active neurons, see `jsparse.methods.predictor`; None of a layer without. They are
+            used while decoding, not for the prompt.
     """
     if isinstance(params["layers"], dict):
         layers = tuple(_pack_stacked(params["layers"], i) for i in range(config.num_hidden_layers))
     else:
         layers = tuple(map(_pack_layer, params["layers"]))
     if predictors is not None:
-        check(len(predictors) == len(layers), "predictors", f"one of each of the {len(layers)} layers", len(predictors))
+        check(len(predictors) == len(layers), "predictors", f"one, or None, of each of the {len(layers)} layers",
+              len(predictors))  # fmt: skip
         layers = tuple(layer._replace(ffn=layer.ffn._replace(predictor=predictor))
                        for layer, predictor in zip(layers, predictors, strict=True))  # fmt: skip
     out = _outputs_first(params["head"]) if "head" in params else params["embed"]
@@ -178,22 +181,21 @@ def trunk(
         [B, T, D] in the parameters' dtype after the final norm; the cache after these tokens; and, where steps of
         decoding can leave something out, the share of each layer that the last tokens used, float32 [L].
     """
-    kind = sparse_kind(decoder, config)
     x = decoder.embed[tokens].astype(jnp.float32)
     place = cached_place(tokens, None, cache, config)
     real = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] >= cache.start[:, None]  # not padding
     caches, shares = [], []
     for layer, shape, layer_cache in zip(decoder.layers, config.layer_shapes, cache.layers, strict=True):
-        x, layer_cache, share = _layer_of_trunk(layer, x, layer_cache, place, real, config, shape, kind, predicted)
+        x, layer_cache, share = _layer_of_trunk(layer, x, layer_cache, place, real, config, shape, predicted)
         caches.append(layer_cache)
         shares.append(share)
     x = rms_norm(x, decoder.norm, config.rms_norm_eps).astype(decoder.embed.dtype)
     filled = Cache(tuple(caches), cache.start, cache.length + tokens.shape[1], cache.slots)
-    return x, filled, None if kind is None else jnp.stack(shares)
+    return x, filled, jnp.stack(shares) if can_skip(decoder, config) else None
 
 
 # A function of its own under jit, so that layers of one shape are traced and lowered once; XLA puts it in place.
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
 def _layer_of_trunk(
     layer: Layer,
     x: jax.Array,
@@ -202,19 +204,17 @@ def _layer_of_trunk(
     real: jax.Array,
     config: LlamaConfig,
     shape: LayerShape,
-    kind: Kind | None,
     predicted: bool,
-) -> tuple[jax.Array, LayerCache, Any]:
+) -> tuple[jax.Array, LayerCache, jax.Array]:
     """The residual stream after a layer, its cache, and the share that the last tokens used of it."""
-    dtype, share = layer.attention.qkv.dtype, None
+    dtype = layer.attention.qkv.dtype
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps).astype(dtype)
         y, layer_cache = _attention(layer.attention, normed, config, shape, place, layer_cache)
         x = x + y
     with jax.named_scope("ffn"):
         normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).astype(dtype)
-        if kind is not None:
-            share = used_share(layer.ffn, normed[:, -WINDOW:], config, kind, real[:, -WINDOW:])
+        share = used_share(layer.ffn, normed[:, -WINDOW:], config, real[:, -WINDOW:])
         return x + dense_ffn(layer.ffn, normed, config, predicted), layer_cache, share
 
 
@@ -231,7 +231,7 @@ def step(
     What `trunk` computes of tokens [B, 1], by kernels that do more each.
 
     Args:
-        implementation: how FFNs are computed; any but "dense" takes a decoder that can skip.
+        implementation: how FFNs are computed of which a token can leave something out; the others are dense.
         rest: the kernels of all else, by name; None: the best there are. On a CPU, Pallas's are interpreted.
 
     Returns:
@@ -271,7 +271,7 @@ def _layer_of_step(
                                           rest)  # fmt: skip
     with jax.named_scope("ffn"):
         x, normed = _add_norm(x, layer.ffn_norm, delta, dtype, config, rest)
-        if implementation != "dense":
+        if implementation != "dense" and sparse_kind(layer.ffn, config) is not None:
             return sparse_ffn(layer.ffn, normed, x, config, implementation), None, layer_cache
         if rest != "xla" and _streams(layer.ffn, normed, config):
             return whole_ffn(layer.ffn, normed, x, config, rest), None, layer_cache
@@ -339,9 +339,13 @@ def _attend_once(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sparse_kind(decoder: Decoder, config: LlamaConfig) -> Kind | None:
-    """What of the FFNs a token can leave out; None: nothing, or nothing that a kernel knows of."""
-    ffn = decoder.layers[0].ffn
+def can_skip(decoder: Decoder, config: LlamaConfig) -> bool:
+    """Whether a token can leave out something of some layer."""
+    return any(sparse_kind(layer.ffn, config) is not None for layer in decoder.layers)
+
+
+def sparse_kind(ffn: Ffn, config: LlamaConfig) -> Kind | None:
+    """What of an FFN a token can leave out; None: nothing, or nothing that a kernel knows of."""
     activation = _kernel_activation(config.activation)
     if activation is None or ffn.gate_bias is not None:
         return None
@@ -406,7 +410,7 @@ def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig, predicted: bool = Fal
         hidden = jnp.where(kept, hidden, jnp.zeros((), hidden.dtype))
     if config.router is not None:
         hidden = routing.scale(hidden, _factors(ffn, x, hidden, config), config.router.block_size)
-    if predicted:
+    if predicted and ffn.predictor is not None:
         hidden = jnp.where(_predicted(ffn, x), hidden, jnp.zeros((), hidden.dtype))
     y = jnp.einsum("...F,FD->...D", hidden, ffn.weights.down, preferred_element_type=jnp.float32)
     return _add(y, ffn.down_bias)
@@ -415,7 +419,7 @@ def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig, predicted: bool = Fal
 WINDOW = 16  # tokens of a prompt whose choices tell what decoding will use
 
 
-def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind, real: jax.Array) -> jax.Array:
+def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, real: jax.Array) -> jax.Array:
     """The share of blocks or neurons that some row of the batch uses, a mean over T; float32 [].
 
     Rows of a batch share what is read, so this is what T steps of decoding would have had to read.
@@ -424,8 +428,8 @@ def used_share(ffn: Ffn, x: jax.Array, config: LlamaConfig, kind: Kind, real: ja
         x: [B, T, D].
         real: bool [B, T], tokens that count.
     """
-    match kind:
-        case "packed":
+    match sparse_kind(ffn, config):
+        case None | "packed":
             return jnp.float32(1)
         case "blocks":
             used = _factors(ffn, x, None, config) > 0

@@ -19,7 +19,7 @@ import numpy as np
 from jsparse.config import LlamaConfig, check
 from jsparse.inference import decoder
 from jsparse.inference.costs import choose
-from jsparse.inference.decoder import Decoder, Implementation, pack, sparse_kind
+from jsparse.inference.decoder import Decoder, Implementation, can_skip, pack
 from jsparse.inference.windows import check_ids, positions, replicated, round_up
 from jsparse.model import Cache, Params, init_cache, logits, trunk, unstack
 from jsparse.parallel import batch_shards
@@ -134,9 +134,8 @@ def generate(
         params = unstack(params) if _sharded() else pack(params, config)
     if implementation not in ("auto", "dense"):
         check(isinstance(params, Decoder), "implementation", "auto or dense on several devices", implementation)
-        kind = sparse_kind(params, config) if isinstance(params, Decoder) else None
-        check(kind is not None, "implementation", "auto or dense, as no kernel knows what this model leaves out",
-              implementation)  # fmt: skip
+        check(isinstance(params, Decoder) and can_skip(params, config), "implementation",
+              "auto or dense, as no kernel knows what this model leaves out", implementation)  # fmt: skip
 
     began = time.perf_counter()
     surplus = np.arange(batch) >= len(rows)
