@@ -1,5 +1,7 @@
 """What the kernel tests share: the backends as they run on a CPU, and the comparison with float32."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,11 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "triton": {"implementation": "triton", "interpret": True},
     "mosaic_tpu": {"implementation": "mosaic_tpu", "interpret": True},
 }
+
+
+def run(op: Callable[..., Any], *operands: Any, **settings: Any) -> Any:
+    """op(*operands, **settings), compiled as one program: much faster than one for each of its steps."""
+    return jax.jit(functools.partial(op, **settings))(*operands)
 
 
 def random(seed: int, *shape: int, dtype: Any = jnp.float32, scale: float = 1.0) -> jax.Array:

@@ -46,7 +46,8 @@ def test_block_sparse(model: str, tokens: int, target: str) -> None:
 def test_neuron_sparse(model: str, tokens: int, predicted: bool, target: str) -> None:
     x, weights, residual = shapes(model, tokens)
     d, f = SHAPES[model]
-    parts = ((RANK, d), x.dtype), ((f, RANK), x.dtype), ((f,), jnp.float32)
+    dtype = jnp.int8 if model == "llama3-8b" else x.dtype
+    parts = ((RANK, d), dtype), ((f, RANK), dtype), ((f,), jnp.float32)
     predictor = Predictor(*(jax.ShapeDtypeStruct(*part) for part in parts)) if predicted else None
     run = lambda x, w, p, y: neuron_sparse_ffn(
         x, w, p, residual=y, activation=Activation("relu"), implementation=backend(target)

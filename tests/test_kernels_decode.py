@@ -9,7 +9,7 @@ from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.matvec import matvec
 from tests.aot import H100, compile_for
-from tests.kernels import BACKENDS, assert_close, random
+from tests.kernels import BACKENDS, assert_close, random, run
 
 # rows, slots, query heads, key-value heads, head dim, filled slots
 ATTENTION = [(1, 640, 8, 8, 32, 517), (3, 64, 4, 2, 32, 0), (2, 32, 4, 1, 64, 31), (2, 512, 6, 2, 32, 130)]
@@ -27,8 +27,8 @@ def attention_case(rows, slots, heads, kv_heads, head_dim, length, dtype=jnp.flo
 @pytest.mark.parametrize("shape", ATTENTION)
 def test_attention(shape, backend):
     case = attention_case(*shape)
-    expected = decode_attention(*case, implementation="reference")
-    assert_close(decode_attention(*case, **BACKENDS[backend]), expected)
+    expected = run(decode_attention, *case, implementation="reference")
+    assert_close(run(decode_attention, *case, **BACKENDS[backend]), expected)
     changed = np.any(np.asarray(expected[1]) != np.asarray(case[1]), axis=(0, 2, 3))
     assert np.flatnonzero(changed).tolist() == [shape[-1]]  # the new token's slot alone
 

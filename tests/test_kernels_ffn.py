@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Activation, PackedFFN, Predictor, block_sparse_ffn, neuron_sparse_ffn, pack_ffn
 from pallas_kernels.ffn import activate
 from pallas_kernels.triton import erf
-from tests.kernels import BACKENDS, assert_close, random
+from tests.kernels import BACKENDS, assert_close, random, run
 
 SILU, RELU = Activation("silu"), Activation("relu")
 
@@ -26,12 +27,13 @@ class Case:
 
     tokens: int = 1
     width: int = 64
-    neurons: int = 96
+    neurons: int = 48
     block: int = 16
     dtype: Any = jnp.float32
     activation: Activation = SILU
     active: float = 0.5  # share of a token's active blocks, or of its active neurons
     residual: bool = True
+    int8: bool = False  # the predictor's
 
     def x(self, seed: int = 0) -> jax.Array:
         return random(seed, self.tokens, self.width, dtype=self.dtype)
@@ -46,8 +48,11 @@ class Case:
         return jnp.asarray(keep)
 
     def predictor(self, rank: int = 8) -> Predictor:
-        down, up = random(5, rank, self.width, dtype=self.dtype), random(6, self.neurons, rank, dtype=self.dtype)
-        return Predictor(down, up, jnp.full(self.neurons, {0.0: jnp.inf, 1.0: -jnp.inf}.get(self.active, 3.0)))
+        one = 32 if self.int8 else 1
+        round_to = lambda x: jnp.round(one * x).astype(jnp.int8) if self.int8 else x.astype(self.dtype)
+        down, up = round_to(random(5, rank, self.width)), round_to(random(6, self.neurons, rank))
+        level = {0.0: jnp.inf, 1.0: -jnp.inf}.get(self.active, 3.0 * one**2)
+        return Predictor(down, up, jnp.full(self.neurons, level))
 
     def base(self) -> jax.Array | None:
         return random(7, self.tokens, self.width) if self.residual else None
@@ -55,12 +60,12 @@ class Case:
 
 CASES = {
     "one token": Case(),
-    "bfloat16, 16 tokens": Case(dtype=jnp.bfloat16, tokens=16, block=32),
+    "bfloat16, 16 tokens": Case(dtype=jnp.bfloat16, tokens=16, neurons=64, block=32),
     "float16": Case(dtype=jnp.float16, tokens=2, activation=RELU),
-    "five tokens": Case(tokens=5, dtype=jnp.bfloat16, active=0.2, activation=Activation("fatrelu", 0.5)),
+    "five tokens": Case(5, dtype=jnp.bfloat16, active=0.2, activation=Activation("fatrelu", 0.5), int8=True),
     "nothing active": Case(tokens=2, active=0.0),
     "all active": Case(tokens=3, active=1.0, residual=False),
-    "odd sizes": Case(tokens=7, width=80, neurons=7 * 24, block=24, activation=RELU),
+    "odd sizes": Case(tokens=3, width=80, neurons=7 * 24, block=24, activation=RELU, int8=True),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
@@ -75,8 +80,29 @@ def unless_unsupported(case: Case) -> Iterator[None]:
         assert case.dtype == jnp.float16 and "expected float32 or bfloat16, got float16" in str(e)
 
 
-def block_ffn(case: Case, *operands: Any, **backend: Any) -> jax.Array:
-    return block_sparse_ffn(*operands, activation=case.activation, block_size=case.block, **backend)
+def block_ffn(case: Case, *operands: Any, **settings: Any) -> jax.Array:
+    return block_sparse_ffn(*operands, activation=case.activation, block_size=case.block, **settings)
+
+
+def masked_ffn(case: Case, **settings: Any) -> jax.Array:
+    """The block-sparse FFN of a case's own operands."""
+    op = lambda x, w, mask, y, **kw: block_ffn(case, x, w, mask=mask, residual=y, **kw)
+    return run(op, case.x(), case.weights(), case.mask(), case.base(), **settings)
+
+
+def neuron_ffn(case: Case, predicted: bool, **settings: Any) -> jax.Array:
+    """The neuron-sparse FFN of a case's own operands."""
+    op = lambda x, w, p, y, **kw: neuron_sparse_ffn(x, w, p, activation=case.activation, residual=y, **kw)
+    predictor = case.predictor() if predicted else None
+    return run(op, case.x(), case.weights(), predictor, case.base(), **settings)
+
+
+@functools.cache
+def expected_of(case: Case, op: str) -> jax.Array:
+    """The reference's result, which all backends are held against."""
+    if op == "block":
+        return masked_ffn(case, implementation="reference")
+    return neuron_ffn(case, op == "predicted", implementation="reference")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -97,26 +123,19 @@ def test_reference_by_hand() -> None:
 @every_backend
 @every_case
 def test_block_sparse(case: Case, backend: dict[str, Any]) -> None:
-    operands = case.x(), case.weights()
-    kwargs = {"mask": case.mask(), "residual": case.base()}
-    expected = block_ffn(case, *operands, **kwargs, implementation="reference")
     with unless_unsupported(case):
-        got = block_ffn(case, *operands, **kwargs, **backend)
+        got = masked_ffn(case, **backend)
         assert got.dtype == (jnp.float32 if case.residual else case.dtype)
-        assert_close(got, expected, case.dtype)
+        assert_close(got, expected_of(case, "block"), case.dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_deterministic(tokens: int) -> None:
-    """The one backend with atomics, without them."""
-    case = Case(tokens=tokens, active=0.3, activation=RELU)
+@pytest.mark.parametrize("case", [Case(activation=RELU), Case(5, activation=RELU, dtype=jnp.bfloat16, active=0.3)])
+def test_deterministic(case: Case) -> None:
+    """The kernels with atomics, without them: on ordinary cores, and on tensor cores, to which five tokens go."""
     backend = BACKENDS["triton"] | {"deterministic": True}
-    x, weights, mask, residual = case.x(), case.weights(), case.mask(), case.base()
-    expected = block_ffn(case, x, weights, mask=mask, residual=residual, implementation="reference")
-    assert_close(block_ffn(case, x, weights, mask=mask, residual=residual, **backend), expected)
-    for predictor in (None, case.predictor()):
-        run = lambda p=predictor, **kw: neuron_sparse_ffn(x, weights, p, activation=RELU, residual=residual, **kw)
-        assert_close(run(**backend), run(implementation="reference"))
+    assert_close(masked_ffn(case, **backend), expected_of(case, "block"), case.dtype)
+    assert_close(neuron_ffn(case, False, **backend), expected_of(case, "exact"), case.dtype)
+    assert_close(neuron_ffn(case, True, **backend), expected_of(case, "predicted"), case.dtype)
 
 
 @every_backend
@@ -143,10 +162,20 @@ def test_block_sparse_gradients(backend: dict[str, Any]) -> None:
         by_mask = block_ffn(case, x, weights, mask=mask, residual=residual, **implementation)
         return jnp.sum((by_mask + block_ffn(case, x, weights, router, 0.4, **implementation)) * dy)
 
-    gradient = jax.grad(loss, argnums=(1, 2, 3))
-    got = gradient(backend, x, weights, residual)
-    assert_close(got, gradient({"implementation": "reference"}, x, weights, residual))
+    gradient = lambda settings: jax.jit(jax.grad(functools.partial(loss, settings), argnums=(0, 1, 2)))
+    expected = gradient({"implementation": "reference"})(x, weights, residual)
+    assert_close(gradient(backend)(x, weights, residual), expected)
     assert not jax.grad(lambda r: block_ffn(case, x, weights, r, 0.4, **backend).sum())(router).any()
+
+
+def vmapped_and_scanned(op: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Of xs [N, B, D], what op makes of each: by `jax.vmap`, and by `jax.lax.scan`."""
+
+    def both(xs: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array]:
+        one = functools.partial(op, **settings)
+        return jax.vmap(one)(xs), jax.lax.scan(lambda carry, x: (carry, one(x)), None, xs)[1]
+
+    return both
 
 
 @every_backend
@@ -154,12 +183,9 @@ def test_block_sparse_in_vmap_and_scan(backend: dict[str, Any]) -> None:
     case = Case(tokens=2)
     weights, mask = case.weights(), case.mask()
     xs = jnp.stack([case.x(seed) for seed in (10, 11, 12)])
-    one = lambda x: block_ffn(case, x, weights, mask=mask, implementation="reference")
-    expected = jnp.stack([one(x) for x in xs])
-    run = lambda x: block_ffn(case, x, weights, mask=mask, **backend)
-    assert_close(jax.vmap(run)(xs), expected)
-    _, scanned = jax.lax.scan(lambda carry, x: (carry, run(x)), None, xs)
-    assert_close(scanned, expected)
+    one = lambda x, **kw: block_ffn(case, x, weights, mask=mask, **kw)
+    expected = jnp.stack([run(one, x, implementation="reference") for x in xs])
+    assert_close(run(vmapped_and_scanned(one), xs, **backend), (expected, expected))
 
 
 @every_backend
@@ -192,14 +218,10 @@ def test_block_sparse_sharded(backend: dict[str, Any]) -> None:
 @every_case
 @pytest.mark.parametrize("predicted", [False, True])
 def test_neuron_sparse(predicted: bool, case: Case, backend: dict[str, Any]) -> None:
-    x, weights, residual = case.x(), case.weights(), case.base()
-    predictor = case.predictor() if predicted else None
-    run = lambda **kw: neuron_sparse_ffn(x, weights, predictor, activation=case.activation, residual=residual, **kw)
-    expected = run(implementation="reference")
     with unless_unsupported(case):
-        got = run(**backend)
+        got = neuron_ffn(case, predicted, **backend)
         assert got.dtype == (jnp.float32 if case.residual else case.dtype)
-        assert_close(got, expected, case.dtype)
+        assert_close(got, expected_of(case, "predicted" if predicted else "exact"), case.dtype)
 
 
 @every_backend
@@ -207,11 +229,11 @@ def test_neuron_sparse(predicted: bool, case: Case, backend: dict[str, Any]) -> 
 def test_cutoff(predicted: bool, backend: dict[str, Any]) -> None:
     case = Case(tokens=2, activation=RELU)
     x, weights, predictor = case.x(), case.weights(), case.predictor() if predicted else None
+    op = lambda cutoff, **kw: neuron_sparse_ffn(x, weights, predictor, cutoff=cutoff, activation=RELU, **kw)
     cutoff = jnp.abs(random(10, case.neurons))
-    run = lambda **kw: neuron_sparse_ffn(x, weights, predictor, cutoff=cutoff, activation=RELU, **kw)
-    expected = run(implementation="reference")
-    assert_close(run(**backend), expected)
-    without = neuron_sparse_ffn(x, weights, predictor, activation=RELU, implementation="reference")
+    expected = run(op, cutoff, implementation="reference")
+    assert_close(run(op, cutoff, **backend), expected)
+    without = run(op, None, implementation="reference")
     assert jnp.abs(expected - without).max() > 1e-2
 
 
@@ -225,9 +247,9 @@ def test_neuron_sparse_gradients(backend: dict[str, Any]) -> None:
         exact = neuron_sparse_ffn(x, weights, activation=RELU, residual=residual, **implementation)
         return jnp.sum((exact + neuron_sparse_ffn(x, weights, predictor, activation=RELU, **implementation)) * dy)
 
-    gradient = jax.grad(loss, argnums=(1, 2, 3))
-    expected = gradient({"implementation": "reference"}, x, weights, residual)
-    assert_close(gradient(backend, x, weights, residual), expected)
+    gradient = lambda settings: jax.jit(jax.grad(functools.partial(loss, settings), argnums=(0, 1, 2)))
+    expected = gradient({"implementation": "reference"})(x, weights, residual)
+    assert_close(gradient(backend)(x, weights, residual), expected)
 
 
 @every_backend
@@ -235,16 +257,15 @@ def test_neuron_sparse_in_vmap_scan_and_shards(backend: dict[str, Any]) -> None:
     case = Case(tokens=2, activation=RELU, neurons=128)
     weights, predictor = case.weights(), case.predictor()
     xs = jnp.stack([case.x(seed) for seed in (10, 11, 12)])
-    run = lambda x, w, p, **kw: neuron_sparse_ffn(x, w, p, activation=RELU, **kw)
-    expected = jnp.stack([run(x, weights, predictor, implementation="reference") for x in xs])
-    assert_close(jax.vmap(lambda x: run(x, weights, predictor, **backend))(xs), expected)
-    _, scanned = jax.lax.scan(lambda carry, x: (carry, run(x, weights, predictor, **backend)), None, xs)
-    assert_close(scanned, expected)
+    op = lambda x, w, p, **kw: neuron_sparse_ffn(x, w, p, activation=RELU, **kw)
+    expected = jnp.stack([run(op, x, weights, predictor, implementation="reference") for x in xs])
+    one = lambda x, **kw: op(x, weights, predictor, **kw)
+    assert_close(run(vmapped_and_scanned(one), xs, **backend), (expected, expected))
 
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     over = P("tensor", None)
     sharded = jax.shard_map(
-        lambda x, w, p: jax.lax.psum(run(x, w, p, **backend), "tensor"),
+        lambda x, w, p: jax.lax.psum(op(x, w, p, **backend), "tensor"),
         mesh=mesh,
         in_specs=(P(), PackedFFN(over, over, over), Predictor(P(), over, P("tensor"))),
         out_specs=P(),
@@ -257,14 +278,9 @@ def test_neuron_sparse_in_vmap_scan_and_shards(backend: dict[str, Any]) -> None:
 def test_no_races_on_a_tpu(op: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In the TPU interpreter that follows copies and semaphores; it prints the races that it finds."""
     case = Case(tokens=2, activation=RELU)
-    operands = case.x(), case.weights()
     settings = {"implementation": "mosaic_tpu", "interpret": pltpu.InterpretParams(detect_races=True)}
-    if op == "block":
-        run = lambda **kw: block_ffn(case, *operands, mask=case.mask(), **kw)
-    else:
-        predictor = case.predictor() if op == "predicted" else None
-        run = lambda **kw: neuron_sparse_ffn(*operands, predictor, activation=RELU, **kw)
-    assert_close(run(**settings), run(implementation="reference"))
+    got = masked_ffn(case, **settings) if op == "block" else neuron_ffn(case, op == "predicted", **settings)
+    assert_close(got, expected_of(case, op))
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
@@ -276,10 +292,10 @@ def test_no_races_on_a_tpu(op: str, capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": 36}, "block_size: expected a divisor of the 96 neurons, got 36"),
+        ({"block_size": 36}, "block_size: expected a divisor of the 48 neurons, got 36"),
         ({"mask": None}, "router, mask: expected exactly one"),
-        ({"mask": jnp.ones((1, 5), bool)}, r"mask: expected bool \(1, 6\)"),
-        ({"x": jnp.ones((1, 32))}, r"weights.gate: expected shape \(96, 32\)"),
+        ({"mask": jnp.ones((1, 5), bool)}, r"mask: expected bool \(1, 3\)"),
+        ({"x": jnp.ones((1, 32))}, r"weights.gate: expected shape \(48, 32\)"),
         ({"x": jnp.ones((1, 64), jnp.bfloat16)}, "weights.gate: expected the dtype of x, bfloat16, got float32"),
         ({"residual": jnp.ones((1, 64), jnp.bfloat16)}, "residual: expected float32"),
         ({"implementation": "cuda"}, "no backend is named 'cuda'"),
@@ -294,9 +310,18 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 def test_bad_predictor() -> None:
     case = Case()
-    predictor = case.predictor()._replace(up=jnp.ones((95, 8)))
-    with pytest.raises(ValueError, match=r"predictor.up: expected shape \(96, 8\)"):
-        neuron_sparse_ffn(case.x(), case.weights(), predictor, activation=RELU)
+    good = case.predictor()
+    for predictor, message in [
+        (good._replace(up=jnp.ones((47, 8))), r"predictor.up: expected shape \(48, 8\)"),
+        (good._replace(up=good.up.astype(jnp.int8)), "expected down and up of float32 or int8, got float32 and int8"),
+        (good._replace(threshold=jnp.zeros(48, jnp.int8)), "predictor.threshold: expected float32, got int8"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            neuron_sparse_ffn(case.x(), case.weights(), predictor, activation=RELU)
+    half = dataclasses.replace(case, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="expected down and up of float16, got int8 and int8"):
+        predictor = dataclasses.replace(case, int8=True).predictor()
+        neuron_sparse_ffn(half.x(), half.weights(), predictor, activation=RELU)
 
 
 @pytest.mark.parametrize("erf", [jax.lax.erf, erf])
