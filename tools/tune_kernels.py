@@ -3,6 +3,7 @@
     python tools/tune_kernels.py --out tune.json
     python tools/tune_kernels.py --out tune.json --ops block --batch 1 8 --shape llama2-13b --seconds 200
     python tools/tune_kernels.py --out tune.json --ops exact --only rows=16 warps=8
+    python tools/tune_kernels.py --out tune.json --ops predicted --rank 128 256 1024 --predictor int8 bfloat16
     python tools/tune_kernels.py --out tune.json --shape tiny --layers 2 --tokens 2      # anywhere, in the interpreter
 
 jax is all it needs; without an installed jsparse, put the repository on PYTHONPATH.
@@ -49,7 +50,6 @@ SHAPES = {  # D, F
     "tiny": (256, 256),
 }
 BLOCK = 32
-RANK = 128
 SILU, RELU = Activation("silu"), Activation("relu")
 
 
@@ -210,8 +210,9 @@ class Bench:
                 print(f"{op}: out of time before {tuning}", flush=True)
                 return
             backend = type(tuning).__module__.split(".")[-1]
-            label = " ".join([backend, *(f"{k}={v}" for k, v in dataclasses.asdict(tuning).items())])
-            if not all(part in label.split() for part in self.args.only):
+            label = f"{backend}.{tuning}"  # as the backend's file spells it
+            settings = [backend, *(f"{k}={v}" for k, v in dataclasses.asdict(tuning).items())]
+            if not all(part in settings for part in self.args.only):
                 continue
             try:
                 run = decode_loop(layer(tuning), self.args.tokens)
@@ -272,25 +273,27 @@ class Bench:
         )
         self.try_all("block", block_tunings(tokens), tokens, check, layer, inputs)
 
-    def neuron(self, predicted: bool) -> None:
-        """Neuron-sparse, one token. Exact: rows of the gate change sign until ReLU leaves the wanted share. Predicted:
-        the predictor's thresholds leave it."""
+    def neuron(self, rank: int, kind: str) -> None:
+        """Neuron-sparse, one token. Exact, at rank 0: rows of the gate change sign until ReLU leaves the wanted share.
+        Predicted: the thresholds of a predictor of a rank and dtype leave it."""
         x, kept = self.x(1), jax.random.uniform(jax.random.key(3), (self.neurons,))
-        shapes = [(RANK, self.width), (self.neurons, RANK)]
+        shapes, predicted = [(rank, self.width), (self.neurons, rank)], rank > 0
         row = self.width * 2
         inputs = []
         for sparsity in self.args.sparsity:
             layers: list[Any] = []
             active = kept >= jnp.sort(kept)[min(round(sparsity * self.neurons), self.neurons - 1)]
             moved = (2 + predicted) * int(jnp.sum(active)) * row + self.io_bytes(1)
-            moved += RANK * (self.width + self.neurons) * 2 + self.neurons * 4 if predicted else self.neurons * row
+            parameters = rank * (self.width + self.neurons) * jnp.dtype(kind).itemsize
+            moved += parameters + self.neurons * 4 if predicted else self.neurons * row
             for i, w in enumerate(self.layers):
                 positive = jnp.dot(w.gate, x[0], preferred_element_type=jnp.float32) > 0
                 w = w._replace(gate=jnp.where((positive == active)[:, None], w.gate, -w.gate))
                 predictor = None
                 if predicted:
                     keys = jax.random.split(jax.random.key(2000 + i))
-                    down, up = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
+                    drawn = [20 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+                    down, up = (jnp.clip(jnp.round(w), -127, 127).astype(kind) for w in drawn)
                     predictor = Predictor(down, up, jnp.where(active, -jnp.inf, jnp.inf))
                 layers.append((w, predictor))
             inputs.append((sparsity, layers, moved))
@@ -306,7 +309,8 @@ class Bench:
         check = jax.jit(
             lambda x, w: neuron_reference.neuron_sparse_ffn(x, w[0], w[1], None, residual=None, activation=RELU)
         )
-        self.try_all("predicted" if predicted else "exact", neuron_tunings(predicted), 1, check, layer, inputs)
+        op = f"predicted, rank {rank}, {kind}" if predicted else "exact"
+        self.try_all(op, neuron_tunings(predicted), 1, check, layer, inputs)
 
 
 def main() -> None:
@@ -316,6 +320,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="tokens; the neuron-sparse ones take one")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
+    parser.add_argument("--rank", type=int, nargs="+", default=[256], help="of the predictors")
+    parser.add_argument("--predictor", nargs="+", default=["int8"], choices=["int8", "bfloat16"])
     parser.add_argument("--only", nargs="*", default=[], help="tunings with all of these settings, as in rows=8")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="decoded in one run")
@@ -330,9 +336,11 @@ def main() -> None:
         bench.dense(tokens)
         if "block" in args.ops:
             bench.block(tokens)
-    for op in ("exact", "predicted"):
-        if op in args.ops:
-            bench.neuron(op == "predicted")
+    if "exact" in args.ops:
+        bench.neuron(0, "int8")
+    if "predicted" in args.ops:
+        for rank, kind in itertools.product(args.rank, args.predictor):
+            bench.neuron(rank, kind)
     bench.record("loop", "y + 1 a layer", 0.0, 1, bench.time(lambda x, y, w: y + 1, bench.x(1), bench.layers), 0)
 
     print("\nfastest of each:")
