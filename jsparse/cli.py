@@ -453,6 +453,11 @@ class Prune:
         return np.stack([tokens[i * self.seq_len : (i + 1) * self.seq_len] for i in drawn])
 
 
+# Options of `Search` that not every method uses.
+_OF_SEARCH = ("fitness", "levels", "epochs", "population", "parents", "masks", "ratios", "together", "run_folder")
+_OF_WIDTHS = ("ffn_low", "ffn_multiple", "attention_low", "attention_multiple", "depth")
+
+
 @dataclass(frozen=True)
 class Search:
     """Find a smaller model in a model and repair it, without training.
@@ -472,7 +477,11 @@ class Search:
     band: float = 0.01  # a subnet keeps from keep - band to keep
     # closed: least squares; admm: the paper's iteration; bias: FLAP's compensation
     repair: Literal["closed", "admm", "bias", "none"] = "closed"
-    damp: float = 0.1  # of closed and admm, added to the unit diagonal of the Gram matrix
+    damp: float | None = None  # of closed and admm, added to the unit diagonal of the Gram matrix; by default 0.1
+    # of closed and admm; own: a matrix is to put out what it did; dense: it also makes up for what went wrong before it
+    target: Literal["own", "dense"] = "own"
+    # how search and uniform rank RoPE pairs; logits: by their energy in attention's scores; weights: as the paper does
+    pairs: Literal["logits", "weights"] = "logits"
     fitness: Literal["perplexity", "kl"] = "perplexity"  # kl: KL(dense || subnet)
     levels: bool = False  # search over weights repaired for each width
     ffn_low: float | None = None  # smallest share of an FFN; by default the paper's for the ratio
@@ -542,25 +551,29 @@ class Search:
     def _settings(self) -> Any:
         """Refuses what does not fit before anything is loaded."""
         from jsparse.methods.evolution import Evolution
+        from jsparse.methods.importance import Obs
         from jsparse.methods.repair import Admm, Bias, ClosedForm
         from jsparse.methods.search import SearchConfig
         from jsparse.methods.space import Budget, SpaceConfig
 
-        beside = "--method search beside it"
-        check(self.method == "search" or not self.levels, "--levels", beside, self.method)
-        check(self.method == "search" or self.fitness == "perplexity", "--fitness", beside, self.method)
-        repairs: dict[str, Any] = {
-            "closed": ClosedForm(self.damp),
-            "admm": Admm(damp=self.damp),
-            "bias": Bias(),
-            "none": None,
-        }
+        for names, fits, wanted, got in (
+            (_OF_SEARCH, self.method == "search", "--method search beside it", self.method),
+            (("pairs",), self.method in ("search", "uniform"), "--method search or uniform beside it", self.method),
+            (_OF_WIDTHS, self.method != "depth", "a --method that cuts widths beside it", self.method),
+            (("masks",), not self.levels, "no --levels beside it, which fix the index sets", "--levels"),
+            (("damp", "target"), self.repair in ("closed", "admm"), "--repair closed or admm beside it", self.repair),
+        ):
+            for name in names:
+                check(fits or getattr(self, name) == getattr(Search, name), "--" + name.replace("_", "-"), wanted, got)
+        given: dict[str, Any] = {"target": self.target} | ({} if self.damp is None else {"damp": self.damp})
+        repairs: dict[str, Any] = {"closed": ClosedForm(**given), "admm": Admm(**given), "bias": Bias(), "none": None}
         half, third = self.population // 2, self.population * 3 // 10  # the paper's shares
         return SearchConfig(
             method=self.method,
             budget=Budget(self.keep, self.of, self.band),
             space=SpaceConfig(ffn_low=self.ffn_low, ffn_multiple=self.ffn_multiple, attention_low=self.attention_low,
                               attention_multiple=self.attention_multiple, depth=self.depth),
+            score=Obs(pairs=self.pairs),
             evolution=Evolution(epochs=self.epochs, population=self.population, mutants=half, crossovers=third,
                                 parents=self.parents, masks=self.masks, ratios=self.ratios, seed=self.seed),
             repair=repairs[self.repair],

@@ -249,9 +249,9 @@ def test_the_model_that_is_read_is_never_overwritten(home, command, capsys):
 
 def test_search(home, capsys, monkeypatch):
     """A subnet and its exports, which all compute the same; stopped, it goes on; every format loads again."""
-    shared = ["--keep", "0.8", "--band", "0.05", "--calibration", "text.txt", "--seq-len", "16", "--samples", "4"]
-    shared += ["--windows", "2", "--epochs", "2", "--population", "6", "--ffn-multiple", "8", "--attention-low", "0.5"]
-    shared += ["--attention-multiple", "2"]
+    space = ["--keep", "0.8", "--band", "0.05", "--calibration", "text.txt", "--seq-len", "16", "--samples", "4"]
+    space += ["--windows", "2", "--ffn-multiple", "8", "--attention-low", "0.5", "--attention-multiple", "2"]
+    shared = [*space, "--epochs", "2", "--population", "6"]
     assert run(["search", "model", "sub", *shared, "--zero-filled", "filled"]) == 0
     told = capsys.readouterr().out
     assert "generation 2/2: 12 candidates, best" in told and "0 s left" in told and "repaired" in told
@@ -271,7 +271,7 @@ def test_search(home, capsys, monkeypatch):
     assert (code, error.count("\n")) == (2, 1) and "sub.search: a search with other settings began there" in error
     code, error = answer(capsys, "search", "model", "sub", *shared, "--overwrite", "--epochs", "1")
     assert (code, error.count("\n")) == (2, 1) and "epochs: expected at least the 2 that sub.search has done" in error
-    assert run(["search", "model", "uniform", *shared, "--method", "uniform", "--repair", "bias"]) == 0
+    assert run(["search", "model", "uniform", *space, "--method", "uniform", "--repair", "bias"]) == 0
     assert not (home / "uniform.search").exists() and hf.read_config(home / "uniform").mlp_bias
 
 
@@ -291,13 +291,17 @@ def test_search(home, capsys, monkeypatch):
             "ffn_low: expected a share above 0",
         ),
         (["--keep", "0.8", "--calibration", "text.txt", "--population", "0"], "population: expected a positive number"),
-        (
-            ["--keep", "0.8", "--calibration", "text.txt", "--method", "depth", "--levels"],
-            "--levels: expected --method search beside it, got 'depth'",
-        ),
-        (
-            ["--keep", "0.8", "--calibration", "text.txt", "--method", "random", "--fitness", "kl"],
-            "--fitness: expected --method search beside it, got 'random'",
+        *(
+            (["--keep", "0.8", "--calibration", "text.txt", *given], told)
+            for given, told in (
+                (["--method", "depth", "--levels"], "--levels: expected --method search beside it, got 'depth'"),
+                (["--method", "random", "--fitness", "kl"], "--fitness: expected --method search beside it, got 'ran"),
+                (["--method", "uniform", "--epochs", "3"], "--epochs: expected --method search beside it, got 'uni"),
+                (["--method", "magnitude", "--run-folder", "x"], "--run-folder: expected --method search beside it"),
+                (["--method", "depth", "--depth", "1"], "--depth: expected a --method that cuts widths beside it, got"),
+                (["--levels", "--masks", "rejection"], "--masks: expected no --levels beside it, which fix the index"),
+                (["--repair", "bias", "--damp", "0.2"], "--damp: expected --repair closed or admm beside it, got 'bi"),
+            )
         ),
         (
             ["--keep", "0.8", "--calibration", "text.txt", "--decilm", "left2"],
@@ -307,7 +311,9 @@ def test_search(home, capsys, monkeypatch):
 )
 def test_search_refuses_in_one_line_and_leaves_nothing(home, arguments, told, capsys):
     (home / "short.txt").write_text("short")
-    shared = ["--seq-len", "16", "--windows", "2", "--ffn-multiple", "8", "--attention-multiple", "2"]
+    shared = ["--seq-len", "16", "--windows", "2"]
+    if "depth" not in arguments:
+        shared += ["--ffn-multiple", "8", "--attention-multiple", "2"]
     code, error = answer(capsys, "search", "model", "left", *arguments, *shared)
     assert (code, error.count("\n")) == (2, 1) and told in error, error
     assert not [path for path in home.iterdir() if "left" in path.name]

@@ -16,6 +16,7 @@ from jsparse.methods.repair import (
     Admm,
     Bias,
     ClosedForm,
+    Short,
     admm,
     closed_form,
     relative_error,
@@ -30,6 +31,7 @@ from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 CONFIG = tiny_config(num_hidden_layers=3)
 INPUTS, OUTPUTS = 24, 10
 SOLVE = jax.jit(closed_form)
+BLOCK = jax.jit(model.run_block, static_argnames="config")
 ITERATE = jax.jit(admm, static_argnames=("iterations", "normalise"))
 
 
@@ -81,6 +83,24 @@ def test_admm_is_within_a_percent_of_the_closed_form() -> None:
         assert error(raw, w, gram) > 0.5 * error(masked, w, gram) > error(exact, w, gram)
 
 
+def test_what_is_short_is_made_up_for() -> None:
+    """W^T X + R for a target: the normal equations on the kept inputs, their error, and ADMM's way there."""
+    rng = np.random.default_rng(0)
+    w, _, kept = problem()
+    x, r = rng.standard_normal((INPUTS, 200)), rng.standard_normal((OUTPUTS, 200))
+    r += rng.standard_normal((OUTPUTS, INPUTS)) @ x  # in part something that the inputs tell
+    x = x.astype(np.float32)
+    gram, short = jnp.asarray(x @ x.T), Short(jnp.asarray(x @ r.T, jnp.float32), jnp.asarray((r**2).sum(), jnp.float32))
+    new = np.asarray(SOLVE(w, gram, kept, 1e-6, short.cross), np.float64)
+    k, wanted = np.asarray(kept), np.asarray(w).T @ x + r
+    expected = np.linalg.lstsq(x[k].T, wanted.T)[0]
+    np.testing.assert_allclose(new[k], expected, atol=1e-3)
+    left = ((wanted - new.T @ x) ** 2).sum() / (wanted**2).sum()
+    np.testing.assert_allclose(relative_error(w - new, w, gram, short), left, rtol=1e-3)
+    iterated, exact = ITERATE(w, gram, kept, cross=short.cross), SOLVE(w, gram, kept, 0.1, short.cross)
+    assert float(jnp.linalg.norm(iterated - exact)) < 0.01 * float(jnp.linalg.norm(exact))
+
+
 def test_nothing_lost_is_nothing_changed() -> None:
     w, gram, _ = problem()
     np.testing.assert_array_equal(SOLVE(w, gram, jnp.ones(INPUTS, bool)), w)
@@ -122,7 +142,15 @@ def test_moments_of_half_precision_are_float32_sums() -> None:
     np.testing.assert_allclose(found.variance, flat.var(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [ClosedForm(), Admm(), Bias()])
+def stream(params: model.Params, ids: np.ndarray) -> jax.Array:
+    """The residual stream [B, T, D] after the last block."""
+    x = params["embed"][ids]
+    for layer in model.unstack(params)["layers"]:
+        x = BLOCK(layer, x, config=CONFIG)[0]
+    return x
+
+
+@pytest.mark.parametrize("method", [ClosedForm(target="dense"), Admm(), Bias()])
 def test_block_after_block(method: ClosedForm | Admm | Bias) -> None:
     """Each matrix is repaired on what the repaired ones before it put out, as one pass of the model shows; the result
     is exactly zero where the subnet has nothing, and its compact form computes the same."""
@@ -152,8 +180,16 @@ def test_block_after_block(method: ClosedForm | Admm | Bias) -> None:
     hidden = model.forward(open_model, ids, config, probe=lambda trace: trace.hidden).aux[2]
     stats = moments(hidden, jnp.ones(5, bool))
     bias = dense["layers"]["ffn"]["down_bias"][2] if isinstance(method, Bias) else None
+    short = None
+    if isinstance(method, ClosedForm):
+        plain = repair(params, CONFIG, ids, genome, ClosedForm(), batch_size=2)[0]
+        ideal, here, own, masked = (stream(p, ids) for p in (params, open_model, plain, zero_filled(params, genome)))
+        r = (ideal - here).reshape(80, -1)
+        short = Short(hidden.reshape(80, -1).T @ r, jnp.sum(r**2))
+        far = [float(jnp.linalg.norm(x - ideal)) for x in (stream(new, ids), own, masked)]
+        assert far[0] < 0.9 * far[1] < far[1] < far[2]
     found = repair_matrix(
-        params["layers"]["ffn"]["down"][2], bias, stats, jnp.asarray(genome.ffn[2]), method, "ffn.down"
+        params["layers"]["ffn"]["down"][2], bias, stats, jnp.asarray(genome.ffn[2]), method, "ffn.down", short
     )
     np.testing.assert_allclose(new["layers"]["ffn"]["down"][2], found.weight, atol=2e-3)
     if isinstance(method, Bias):

@@ -135,13 +135,15 @@ def test_widened_is_the_same_function() -> None:
 
 def test_obs_scores_by_hand() -> None:
     """Against explicit inverses and loops over one layer's coupled rows and columns."""
-    params, ids = random_params(CONFIG), np.asarray(tokens(CONFIG, 5, 16))
-    kinds = (Obs(), Magnitude(), Fluctuation(), RandomScore(1), Obs(terms="output"), Obs(terms="normalised"))
-    survey = importance(params, CONFIG, ids, kinds, batch_size=2)
+    config = dataclasses.replace(CONFIG, attention_bias=True)
+    params, ids = random_params(config), np.asarray(tokens(config, 5, 16))
+    weights = functools.partial(Obs, pairs="weights")
+    kinds = (weights(), Magnitude(), Fluctuation(), RandomScore(1), Obs(terms="output"), weights(terms="normalised"))
+    survey = importance(params, config, ids, kinds, batch_size=2)
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params["layers"])
     x = params["embed"][ids]
     y, trace = jax.jit(model.run_block, static_argnames="config")(
-        jax.tree.map(lambda w: w[0], params["layers"]), x, config=CONFIG
+        jax.tree.map(lambda w: w[0], params["layers"]), x, config=config
     )
     reads = [np.asarray(t, np.float64).reshape(80, -1) for t in trace]
 
@@ -159,6 +161,11 @@ def test_obs_scores_by_hand() -> None:
             both = [pair, pair + 4]
             expected = query[2 * head : 2 * head + 2, both].sum() + key[head, both].sum()
             np.testing.assert_allclose(survey.scores[0].pairs[0, head, pair], expected, rtol=1e-3)
+            q, k = (np.einsum("td,dnh->tnh", reads[0], attention[name]) + attention[f"{name}_bias"]
+                    for name in ("query", "key"))  # fmt: skip
+            energies = (q[:, 2 * head : 2 * head + 2, both] ** 2).sum((1, 2)).mean(), (k[:, head, both] ** 2).sum(1)
+            expected = math.sqrt(energies[0] * energies[1].mean())
+            np.testing.assert_allclose(survey.scores[4].pairs[0, head, pair], expected, rtol=1e-4)
     value, output = phi(attention["value"], reads[0]).sum(0), phi(attention["output"], reads[1]).sum(1)
     expected = value.reshape(2, 8) + output.reshape(2, 2, 8).sum(1)
     np.testing.assert_allclose(survey.scores[0].values[0], expected, rtol=1e-3)
@@ -168,7 +175,8 @@ def test_obs_scores_by_hand() -> None:
     np.testing.assert_allclose(survey.scores[2].ffn[0], reads[3].var(0) * (ffn["down"] ** 2).sum(1), rtol=1e-2)
     assert survey.scores[3].ffn.min() >= 0 and not np.array_equal(survey.scores[3].ffn[0], survey.scores[3].ffn[1])
     np.testing.assert_allclose(survey.scores[4].ffn[0], phi(ffn["down"], reads[3]).sum(1), rtol=1e-3)
-    np.testing.assert_allclose(survey.scores[5].ffn[0].sum(), 3.0, rtol=1e-5)
+    for part, terms in zip(survey.scores[5], (3.0, 2.0, 2.0), strict=True):  # coupled matrices, each of sum 1
+        np.testing.assert_allclose(part[0].sum(), terms, rtol=1e-5)
     a, b = (np.asarray(t, np.float64).reshape(80, -1) for t in (x, y))
     cosine = np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     np.testing.assert_allclose(survey.influence[0], 1 - cosine.mean(), rtol=1e-4)
@@ -287,6 +295,16 @@ def test_resize_follows_importance() -> None:
         assert (kept == keep_top(row, int(count))).all()
 
 
+def test_equals_go_alike_with_and_without_levels() -> None:
+    """Of equal scores the first is kept, by the search's steps as by `keep_top`, which levels are repaired for."""
+    ground = dataclasses.replace(ground_of(), scores=Importance(*(np.round(x) for x in scores_of())))
+    assert len(np.unique(ground.scores.ffn[0])) < 20
+    up, down = (Widths(np.ones(4, bool), *(np.full(4, i) for i in level)) for level in ((5, 2, 2), (1, 1, 0)))
+    moved = resize(resize(of_widths(up, ground), down, ground), up, ground)
+    for mask, score in zip(moved[1:], ground.scores, strict=True):
+        assert (mask == keep_top(score, int(mask.sum(-1).flat[0]))).all()
+
+
 def test_layers_come_and_go_within_limits() -> None:
     ground, rng = ground_of(), np.random.default_rng(0)
     widths = ground.widths(uniform(ground))
@@ -314,17 +332,17 @@ class Stop(Exception):
 def test_stops_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     ground = ground_of()
     start = uniform(ground)
-    whole_run = evolve(start, fake_fitness, ground, SMALL, folder=tmp_path / "whole").parents
+    whole_run = evolve([start], fake_fitness, ground, SMALL, folder=tmp_path / "whole").parents
 
     def stop(now: Any) -> None:
         if now.epoch == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        evolve(start, fake_fitness, ground, SMALL, folder=tmp_path / "parts", progress=stop)
+        evolve([start], fake_fitness, ground, SMALL, folder=tmp_path / "parts", progress=stop)
     log = tmp_path / "parts" / "candidates.jsonl"
     log.write_text(log.read_text() + '{"epoch": 2, "lo')  # a kill in the middle of a line
-    again = evolve(start, fake_fitness, ground, SMALL, folder=tmp_path / "parts").parents
+    again = evolve([start], fake_fitness, ground, SMALL, folder=tmp_path / "parts").parents
     for a, b in zip(whole_run, again, strict=True):
         assert (a.origin, a.parameters, a.loss) == (b.origin, b.parameters, b.loss)
         assert all((x == y).all() for x, y in zip(a.genome, b.genome, strict=True))
@@ -348,7 +366,7 @@ def test_what_is_not_finite_does_not_survive() -> None:
         losses[::2] = np.inf
         return losses
 
-    found = evolve(uniform(ground), fitness, ground, SMALL).parents
+    found = evolve([uniform(ground)], fitness, ground, SMALL).parents
     assert len(found) == 4 and all(math.isfinite(c.loss) for c in found)
 
 

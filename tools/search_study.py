@@ -2,10 +2,18 @@
 
     python tools/search_study.py MODEL --calibration TOKENS.npy --eval wiki=EVAL.npy docs=EVAL.npy --out search.json
 
-For every keep ratio: the initial subnet, the searched one and the one searched over pre-repaired weights, each with and
-without repair, and the baselines. One full search and further seeds at one ratio; last the repair's settings. All share
-one process and its compiled programs. Pieces run in the order of their weight and not after --seconds; results are
-written after each. The first of the evaluation texts is what the table shows.
+Parts, in this order, each for every keep ratio but the last two:
+
+    search      the initial subnet and the searched one, without and with repair, for either target
+    levels      the search over pre-repaired weights
+    seeds       further seeds of the search, at --one-keep
+    baselines   magnitude, random, fluctuation (FLAP), whole layers alone (ShortGPT)
+    attention   FFN widths alone, attention left whole: initial and searched
+    ablations   settings of the repair and of the scores on the initial subnet, at --one-keep
+
+All share one process and its compiled programs. Results are written after each piece, and none begins after --seconds;
+the same command goes on with the pieces that --out does not have yet. The first of the evaluation texts is what the
+table shows.
 
     python tools/search_study.py --decode llama2-7b --out decode.json
 
@@ -26,7 +34,7 @@ import numpy as np
 
 from jsparse import hf, model
 from jsparse.bench.shapes import SHAPES
-from jsparse.config import LayerShape, LlamaConfig
+from jsparse.config import LayerShape, LlamaConfig, check
 from jsparse.inference import evaluate, generate, pack
 from jsparse.methods.evolution import Evolution, evolve
 from jsparse.methods.importance import Fluctuation, Importance, Magnitude, Obs, RandomScore, Score, importance
@@ -45,12 +53,16 @@ PUBLISHED = (
 # fmt: on
 SCORES: dict[str, Score] = {
     "obs": Obs(),
+    "obs, pairs by weights": Obs(pairs="weights"),
     "obs, terms normalised": Obs(terms="normalised"),
     "obs, output terms": Obs(terms="output"),
     "magnitude": Magnitude(),
     "fluctuation": Fluctuation(),
     "random": RandomScore(),
 }
+DENSE = ClosedForm(target="dense")
+PARTS = ("search", "levels", "seeds", "baselines", "attention", "ablations")
+FREE = {"out", "save", "parts", "keep", "seeds", "seconds"}  # settings that a run that goes on may change
 
 
 def main() -> None:
@@ -59,13 +71,13 @@ def main() -> None:
     parser.add_argument("--calibration", help="token ids, .npy")
     parser.add_argument("--eval", nargs="+", default=[], help="NAME=TOKENS.npy, held-out texts")
     parser.add_argument("--out", required=True, help="results, JSON")
-    parser.add_argument("--save", help="folder for the searched and repaired models of the ratios")
+    parser.add_argument("--save", help="folder for the searched and repaired models")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5, 0.9, 0.7, 0.6])
-    parser.add_argument("--full-keep", type=float, default=0.8, help="ratio of the full search and of the seeds")
-    parser.add_argument("--full-epochs", type=int, default=50, help="generations of the full search; 0: none")
-    parser.add_argument("--epochs", type=int, default=8, help="generations of all other searches")
-    parser.add_argument("--population", type=int, default=100)
+    parser.add_argument("--one-keep", type=float, default=0.8, help="ratio of the seeds and the ablations")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20, help="generations of a search; the paper's are 50")
+    parser.add_argument("--population", type=int, default=100)
     parser.add_argument("--windows", type=int, default=8, help="of the fitness")
     parser.add_argument("--seq-len", type=int, default=1024, help="of the fitness")
     parser.add_argument("--together", type=int, default=1, help="candidates a forward pass")
@@ -73,7 +85,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=131_072, help="of each held-out text")
     parser.add_argument("--eval-seq-len", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=285, help="nothing begins after this")
+    parser.add_argument("--seconds", type=float, default=540, help="nothing begins after this")
     parser.add_argument("--decode", choices=SHAPES, help="time decoding instead")
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
@@ -83,13 +95,14 @@ def main() -> None:
         Study(args).run()
 
 
+Scorers = tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]  # on the fitness windows, and held out
+
+
 class Study:
     """What all variants share, and the rows found so far."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.began = args, time.perf_counter()
-        self.rows: list[dict[str, Any]] = []
-        self.level_fitness: Any = None
         self.config, self.params = hf.load(args.model, dtype=args.dtype)
         tokens = np.load(args.calibration)
         half = len(tokens) // 2
@@ -99,77 +112,84 @@ class Study:
         self.held_out = {name: np.load(path)[: args.eval_tokens]
                                for name, path in (text.split("=", 1) for text in args.eval)}  # fmt: skip
         self.head: dict[str, Any] = {
-            "device": jax.devices()[0].device_kind, "jax": jax.__version__, "settings": vars(args),
+            "settings": json.loads(json.dumps({name: x for name, x in vars(args).items() if name not in FREE})),
             "parameters": model.count(self.params), "ends": Sizes.of(self.config).ends,
         }  # fmt: skip
+        self.piece, self.done, self.rows = "", list[str](), list[dict[str, Any]]()
+        if Path(args.out).exists():
+            before = json.loads(Path(args.out).read_text())
+            check(all(before[name] == x for name, x in self.head.items()), "--out", "a file of the same study or none",
+                  args.out)  # fmt: skip
+            self.done, self.rows = before["done"], [row for row in before["rows"] if row["piece"] in before["done"]]
 
     def run(self) -> None:
+        args, at = self.args, functools.partial
         everything = whole(self.config)
-        self.measure("dense", 1.0, everything, self.params, self.config, {})
-        survey = importance(self.params, self.config, self.calibration, tuple(SCORES.values()))
-        self.scores: dict[str, Importance] = dict(zip(SCORES, survey.scores, strict=True))
-        self.influence = survey.influence
-        self.say("importance")
-        self.fitness, self.held = self.scorers()
-        full, first = self.args.full_keep, self.args.keep[0]
-        at = functools.partial
-        pieces: list[tuple[str, Callable[[], None]]] = [("initial", at(self.initial, first))]
-        if self.args.full_epochs:
-            pieces.append(("full search", at(self.searched, full, self.args.full_epochs, 0, "full search")))
-        for keep in self.args.keep:
-            if keep != first:
-                pieces.append(("initial", at(self.initial, keep)))
-            pieces.append(("search", at(self.searched, keep, self.args.epochs, 0)))
-        pieces += [("baselines", at(self.baselines, keep)) for keep in self.args.keep]
-        pieces += [("seeds", at(self.searched, full, self.args.epochs, seed)) for seed in range(1, self.args.seeds)]
-        pieces += [("levels", at(self.levels, keep)) for keep in self.args.keep]
-        pieces += [("attention whole", at(self.attention_whole, keep)) for keep in self.args.keep]
-        pieces += [("ablations", at(self.ablations, full))]
-        for name, piece in pieces:
-            if time.perf_counter() - self.began > self.args.seconds:
-                print(f"{name}: no time left", flush=True)
+        pieces: dict[str, Callable[[], None]] = {
+            "dense": at(self.measure, "dense", 1.0, everything, self.params, self.config, {})
+        }
+        for part in (part for part in PARTS if part in args.parts):
+            if part == "seeds":
+                pieces |= {f"seed {seed}": at(self.search, args.one_keep, seed) for seed in range(1, args.seeds)}
+            elif part == "ablations":
+                pieces[part] = at(self.ablations, args.one_keep)
+            else:
+                pieces |= {f"{part} {keep:g}": at(getattr(self, part), keep) for keep in args.keep}
+        for self.piece, compute in pieces.items():
+            if self.piece in self.done:
+                continue
+            if self.seconds() > args.seconds:
+                print(f"{self.piece}: no time left", flush=True)
                 continue
             try:
-                piece()
+                compute()
+                self.done.append(self.piece)
+                self.write()
             except Exception as error:  # a failing variant must not cost the others
-                print(f"{name}: failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(f"{self.piece}: failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
         self.table()
 
-    def ground(self, keep: float, scores: str = "obs") -> Ground:
-        return make_ground(self.config, self.scores[scores], Budget(keep), make_space(self.config, keep))
+    @functools.cached_property
+    def survey(self) -> tuple[dict[str, Importance], np.ndarray]:
+        """Scores by name, and the influence of layers."""
+        found = importance(self.params, self.config, self.calibration, tuple(SCORES.values()))
+        self.say("importance")
+        return dict(zip(SCORES, found.scores, strict=True)), found.influence
 
-    def initial(self, keep: float) -> None:
-        genome = uniform(self.ground(keep))
-        self.masked("initial", keep, genome)
-        self.repaired("initial + repair", keep, genome)
+    @functools.cached_property
+    def plain(self) -> Scorers:
+        """Losses of candidates with the weights they inherit."""
+        return self.scorers()
 
-    def searched(self, keep: float, epochs: int, seed: int, name: str = "search") -> None:
+    @functools.cached_property
+    def repaired_beforehand(self) -> Scorers:
+        """Losses of candidates with weights repaired for each width, once for all widths of all ratios."""
+        widest = make_space(self.config, min(self.args.keep))
+        levels = repair_levels(self.params, self.config, self.calibration, self.survey[0]["obs"],
+                               widest.values.tolist(), widest.ffn.tolist())  # fmt: skip
+        jax.block_until_ready(levels)
+        self.say("levels repaired")
+        return self.scorers(levels)
+
+    def ground(self, keep: float, scores: str = "obs", **space: Any) -> Ground:
+        return make_ground(self.config, self.survey[0][scores], Budget(keep),
+                           make_space(self.config, keep, SpaceConfig(**space)))  # fmt: skip
+
+    def search(self, keep: float, seed: int = 0) -> None:
         ground = self.ground(keep)
-        began = time.perf_counter()
-        survivors = evolve(uniform(ground), self.fitness, ground, self.evolution(epochs, seed)).parents
-        best = survivors[int(np.argmin(self.held([s.genome for s in survivors])))]
-        facts = {"seed": seed, "epochs": epochs, "candidates": epochs * self.args.population,
-                 "search_seconds": time.perf_counter() - began, "loss": best.loss}  # fmt: skip
-        self.masked(name, keep, best.genome, facts)
-        self.repaired(f"{name} + repair", keep, best.genome, facts, save=seed == 0)
+        if not seed:
+            self.masked("initial", keep, uniform(ground))
+            self.repaired("initial + repair", keep, uniform(ground))
+            self.repaired("initial + repair, dense target", keep, uniform(ground), method=DENSE)
+        genome, facts = self.evolved(ground, self.plain, seed)
+        self.masked("search", keep, genome, facts)
+        self.repaired("search + repair", keep, genome, facts)
+        self.repaired("search + repair, dense target", keep, genome, facts, method=DENSE, save=not seed)
 
     def levels(self, keep: float) -> None:
-        ground, began = self.ground(keep), time.perf_counter()
-        if self.level_fitness is None:  # once, for all widths of all ratios
-            widest = make_space(self.config, min(self.args.keep))
-            levels = repair_levels(self.params, self.config, self.calibration, ground.scores, widest.values.tolist(),
-                                   widest.ffn.tolist())  # fmt: skip
-            self.level_fitness = self.scorers(levels)
-            jax.block_until_ready(levels)
-            self.say("levels repaired")
-            began = time.perf_counter()
-        fitness, held_out = self.level_fitness
-        settings = self.evolution(self.args.epochs, 0, mask_rate=0.0, first_mask_rate=0.0)
-        survivors = evolve(uniform(ground), fitness, ground, settings).parents
-        best = survivors[int(np.argmin(held_out([s.genome for s in survivors])))]
-        facts = {"candidates": settings.epochs * settings.population, "loss": best.loss,
-                 "search_seconds": time.perf_counter() - began}  # fmt: skip
-        self.repaired("pre-repaired search + repair", keep, best.genome, facts)
+        genome, facts = self.evolved(self.ground(keep), self.repaired_beforehand, mask_rate=0.0, first_mask_rate=0.0)
+        self.repaired("pre-repaired search + repair", keep, genome, facts)
+        self.repaired("pre-repaired search + repair, dense target", keep, genome, facts, method=DENSE)
 
     def baselines(self, keep: float) -> None:
         for name in ("magnitude", "random"):
@@ -179,16 +199,14 @@ class Study:
         genome = adaptive(self.ground(keep, "fluctuation"))
         self.repaired("fluctuation + bias", keep, genome, method=Bias())
         self.repaired("fluctuation + repair", keep, genome)
-        self.masked("depth", keep, depth_only(self.config, self.influence, Budget(keep)))
+        self.masked("depth", keep, depth_only(self.config, self.survey[1], Budget(keep)))
 
-    def attention_whole(self, keep: float) -> None:
+    def attention(self, keep: float) -> None:
         """FFN widths and layers alone, the space that other runtimes load."""
-        space = make_space(self.config, keep, SpaceConfig(attention_low=1.0))
-        ground = make_ground(self.config, self.scores["obs"], Budget(keep), space)
+        ground = self.ground(keep, attention_low=1.0)
         self.repaired("attention whole, initial + repair", keep, uniform(ground))
-        survivors = evolve(uniform(ground), self.fitness, ground, self.evolution(self.args.epochs, 0)).parents
-        best = survivors[int(np.argmin(self.held([s.genome for s in survivors])))]
-        self.repaired("attention whole, search + repair", keep, best.genome)
+        genome, facts = self.evolved(ground, self.plain)
+        self.repaired("attention whole, search + repair", keep, genome, facts)
 
     def ablations(self, keep: float) -> None:
         genome = uniform(self.ground(keep))
@@ -196,16 +214,26 @@ class Study:
         methods |= {f"damp {damp:g}": ClosedForm(damp) for damp in (1e-3, 1e-2, 0.3)}
         for name, method in methods.items():
             self.repaired(f"initial + repair, {name}", keep, genome, method=method)
-        for name in ("obs, terms normalised", "obs, output terms"):
-            self.repaired(f"initial + repair, {name}", keep, uniform(self.ground(keep, name)))
+        for name in (name for name in SCORES if name.startswith("obs,")):
+            genome = uniform(self.ground(keep, name))
+            self.masked(f"initial, {name}", keep, genome)
+            self.repaired(f"initial + repair, {name}", keep, genome)
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def evolution(self, epochs: int, seed: int, **changes: Any) -> Evolution:
+    def evolved(self, ground: Ground, scorers: Scorers, seed: int = 0, **changes: Any) -> tuple[Genome, dict[str, Any]]:
+        """The survivor that is best on held-out windows, and what is to be told of the search."""
         n = self.args.population
-        return Evolution(epochs=epochs, population=n, mutants=n // 2, crossovers=n * 3 // 10, seed=seed, **changes)
+        settings = Evolution(epochs=self.args.epochs, population=n, mutants=n // 2, crossovers=n * 3 // 10, seed=seed,
+                             **changes)  # fmt: skip
+        began = time.perf_counter()
+        starts = uniform(ground), uniform(ground, spare_attention=True)
+        state = evolve(starts, scorers[0], ground, settings)
+        best = state.parents[int(np.argmin(scorers[1]([survivor.genome for survivor in state.parents])))]
+        return best.genome, {"seed": seed, "candidates": len(state.visited), "loss": best.loss,
+                             "search_seconds": time.perf_counter() - began}  # fmt: skip
 
-    def scorers(self, levels: Levels | None = None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def scorers(self, levels: Levels | None = None) -> Scorers:
         """Losses on the windows of the fitness, and on those held out."""
         together = self.args.together
         fitness, held_out = (
@@ -242,13 +270,19 @@ class Study:
         found = {text: evaluate(params, config, tokens, seq_len=self.args.eval_seq_len).perplexity
                  for text, tokens in self.held_out.items()}  # fmt: skip
         count = Sizes.of(config).count(genome)
-        row = {"name": name, "keep": keep, "parameters": count, "kept": count / self.head["parameters"],
-               "perplexity": found, **facts, "genome": to_json(genome), "at": self.seconds()}  # fmt: skip
+        row = {"name": name, "keep": keep, "piece": self.piece, "parameters": count,
+               "kept": count / self.head["parameters"], "perplexity": found, **facts, "genome": to_json(genome),
+               "at": self.seconds(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}  # fmt: skip
         self.rows.append(row)
-        Path(self.args.out).write_text(json.dumps(self.head | {"rows": self.rows}) + "\n")
+        self.write()
         shown = "  ".join(f"{text} {value:9.3f}" for text, value in found.items())
         searched = f"  ({facts['candidates']} in {facts['search_seconds']:.1f} s)" if "candidates" in facts else ""
-        self.say(f"{keep:4.0%} {name:32} {shown}  kept {row['kept']:.4f}{searched}")
+        self.say(f"{keep:4.0%} {name:42} {shown}  kept {row['kept']:.4f}{searched}")
+
+    def write(self) -> None:
+        scratch = Path(f"{self.args.out}.tmp")
+        scratch.write_text(json.dumps(self.head | {"done": self.done, "rows": self.rows}) + "\n")
+        scratch.replace(self.args.out)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -261,14 +295,14 @@ class Study:
         text = next(iter(self.held_out))
         ratios = sorted({row["keep"] for row in self.rows[1:]}, reverse=True)
         print(f"\nperplexity on {text}, dense {self.rows[0]['perplexity'][text]:.3f}")
-        print(f"{'':36}" + "".join(f"{keep:>20.0%}" for keep in ratios))
+        print(f"{'':44}" + "".join(f"{keep:>20.0%}" for keep in ratios))
         for name in dict.fromkeys(row["name"] for row in self.rows[1:]):
             cells = []
             for keep in ratios:
                 found = [r["perplexity"][text] for r in self.rows if (r["name"], r["keep"]) == (name, keep)]
                 spread = f" {min(found):.2f}-{max(found):.2f}" if len(found) > 1 else ""
                 cells.append(f"{np.mean(found):.2f}{spread}" if found else "")
-            print(f"{name:36}" + "".join(f"{cell:>20}" for cell in cells))
+            print(f"{name:44}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 @jax.jit

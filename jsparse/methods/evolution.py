@@ -190,7 +190,7 @@ class Progress(NamedTuple):
 
 
 def evolve(
-    start: Genome,
+    starts: Sequence[Genome],
     fitness: Callable[[Sequence[Genome]], np.ndarray],
     ground: Ground,
     settings: Evolution = Evolution(),
@@ -198,26 +198,26 @@ def evolve(
     folder: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> State:
-    """The best subnets that evolution finds from one: the state after the last generation.
+    """The best subnets that evolution finds: the state after the last generation.
 
     Args:
-        start: the initial subnet, which is the first candidate, so that the best is never worse.
+        starts: initial subnets, which are the first candidates, so that the best is never worse.
         fitness: losses of candidates, float [C]; inf is a loss.
         folder: where every candidate goes into candidates.jsonl, and the state into state.npz after each generation.
             A search that finds a state there goes on from it, to the bit as if it had never stopped; ConfigError where
             that state is of more generations than are asked for.
         progress: called after each generation.
     """
-    state = State(0, (), frozenset())
+    state, starts = State(0, (), frozenset()), list({digest(start): start for start in starts}.values())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = load_state(folder, start) or state
+        state = load_state(folder, starts[0]) or state
         check(state.epoch <= settings.epochs, "epochs", f"at least the {state.epoch} that {folder} has done",
               settings.epochs)  # fmt: skip
         _cut_log(folder / "candidates.jsonl", state.epoch)
     while state.epoch < settings.epochs:
         rng = np.random.default_rng([settings.seed, state.epoch])
-        children = _generation(state, start, ground, settings, rng)
+        children = _generation(state, starts, ground, settings, rng)
         losses = fitness([child.genome for child in children]) if children else np.zeros(0)
         children = [replace(child, loss=float(loss)) for child, loss in zip(children, losses, strict=True)]
         best = sorted([*state.parents, *children], key=lambda c: c.loss)[: settings.parents]  # stable: elders first
@@ -233,24 +233,26 @@ def evolve(
 
 
 def _generation(
-    state: State, start: Genome, ground: Ground, settings: Evolution, rng: np.random.Generator
+    state: State, starts: Sequence[Genome], ground: Ground, settings: Evolution, rng: np.random.Generator
 ) -> list[Candidate]:
     """The subnets of one generation, none of which was there before: fewer, where that many are not found."""
     size, early = settings.population, Rates(settings.first_mask_rate, settings.first_ratio_rate, 0.0)
     later = Rates(settings.mask_rate, settings.ratio_rate, settings.depth_rate)
-    wild = size - settings.mutants - settings.crossovers
-    origins = ["initial"] + ["wild"] * (size - 1)
-    if state.epoch:
-        origins = ["mutant"] * settings.mutants + ["crossover"] * settings.crossovers + ["wild"] * wild
-    parents = [parent.genome for parent in state.parents] or [start]
+    origins = ["mutant"] * settings.mutants + ["crossover"] * settings.crossovers
+    if not state.epoch:
+        origins = ["initial"] * min(len(starts), size)
+    origins += ["wild"] * (size - len(origins))
+    parents = [parent.genome for parent in state.parents] or starts
     seen, children, failures = set(state.visited), [], 0
-    for origin in origins:
+    for number, origin in enumerate(origins):
         while failures < settings.tries:
             first, second = (parents[i] for i in rng.integers(len(parents), size=2))
-            child: Genome | None = start
-            if origin == "crossover":
+            child: Genome | None
+            if origin == "initial":
+                child = starts[number]
+            elif origin == "crossover":
                 child = cross(first, second, ground, rng)
-            elif origin != "initial":
+            else:
                 child = mutate(first, later if origin == "mutant" else early, settings, ground, rng)
             if child is not None and (name := digest(child)) not in seen:
                 seen.add(name)

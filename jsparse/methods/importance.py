@@ -16,6 +16,11 @@ The sums of Obs and Magnitude, by what is coupled ("Search for Efficient Large L
     pair     columns of query and key, both dims of the pair, all query heads of the key-value head's group
     dim      columns of value, rows of output, all query heads of the group
 
+Of pairs a sum misses what they are for: one whose queries are strong and whose keys are weak adds little to attention's
+scores. Obs therefore takes, unless told otherwise, the energy that a pair has in them, which RoPE does not change:
+
+    pair     sqrt(mean ||q||^2 mean ||k||^2), q and k the pair's two dims, queries summed over the group
+
 Fluctuation is the metric of FLAP (An et al., arXiv 2312.11983). The pass also measures the influence of whole layers
 as ShortGPT does (Men et al., arXiv 2403.03853): 1 - cos(what enters a layer, what leaves it), averaged over tokens.
 """
@@ -48,6 +53,7 @@ class Obs:
     # raw: terms of coupled matrices summed as they are; normalised: each divided by its own sum first; output: the
     # term of down and of output alone, the ones that know the module's output error
     terms: Literal["raw", "normalised", "output"] = "raw"
+    pairs: Literal["logits", "weights"] = "logits"  # logits: energy in attention's scores; weights: Eq. 2's terms
 
     def __post_init__(self) -> None:
         check(self.damp > 0, "damp", "a positive number", self.damp)
@@ -127,7 +133,12 @@ class BlockStats(NamedTuple):
     similarity: jax.Array  # float32 [], sum over tokens of cos(x, block(x))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+# Of programs with exact products, which are to be cuBLAS calls: of Triton kernels XLA compiles and times many variants,
+# a minute before the first result.
+COMPILER = {"xla_gpu_enable_triton_gemm": False}
+
+
+@functools.partial(jax.jit, static_argnames="config", compiler_options=COMPILER)
 def block_stats(layer: Params, x: jax.Array, counted: jax.Array, config: LlamaConfig) -> tuple[jax.Array, BlockStats]:
     """One block on a batch x [B, T, D] of which the rows in `counted` (bool [B]) count: its output, and statistics."""
     y, trace = model.run_block(layer, x, config)
@@ -190,7 +201,7 @@ def importance(
     return Survey(scores, np.array(influence, np.float32))
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@functools.partial(jax.jit, static_argnames="kind", compiler_options=COMPILER)
 def score_block(layer: Params, stats: BlockStats, kind: Score, index: Any) -> Importance:
     """Scores of one block; `index` is its number, which random scores depend on."""
     attention, ffn = layer["attention"], layer["ffn"]
@@ -212,21 +223,39 @@ def score_block(layer: Params, stats: BlockStats, kind: Score, index: Any) -> Im
         """Sum over the query heads of each group, [K, H] of [heads * H]."""
         return jnp.sum(x.reshape(k, -1, h), axis=1)
 
+    def by_pair(x: jax.Array) -> jax.Array:
+        """Sum over both dims of each RoPE pair, [K, H/2] of [K, H]."""
+        return x[:, : h // 2] + x[:, h // 2 :]
+
     before_attention, before_ffn = divisor(stats.attention), divisor(stats.ffn)
     query, key, value = (by_group(jnp.sum(saliency(f"attention.{name}", before_attention), axis=0))
                          for name in ("query", "key", "value"))  # fmt: skip
     gate, up = (jnp.sum(saliency(f"ffn.{name}", before_ffn), axis=0) for name in ("gate", "up"))
     output = jnp.sum(saliency("attention.output", divisor(stats.heads)), axis=1)
     down = jnp.sum(saliency("ffn.down", divisor(stats.hidden)), axis=1)
-    pairs = (query + key)[:, : h // 2] + (query + key)[:, h // 2 :]
     if isinstance(kind, Fluctuation):
-        return Importance(down * stats.hidden.variance, pairs, by_group(output * stats.heads.variance))
+        output, down = output * stats.heads.variance, down * stats.hidden.variance
     output = by_group(output)
-    if isinstance(kind, Obs) and kind.terms == "output":
-        return Importance(down, pairs, output)
     if isinstance(kind, Obs) and kind.terms == "normalised":
-        gate, up, down, value, output = (x / jnp.sum(x) for x in (gate, up, down, value, output))
+        query, key, value, output = (x / jnp.sum(x) for x in (query, key, value, output))
+        gate, up, down = (x / jnp.sum(x) for x in (gate, up, down))
+    pairs = by_pair(query + key)
+    if isinstance(kind, Obs) and kind.pairs == "logits":
+        query, key = (by_pair(by_group(_energies(attention, name, stats.attention))) for name in ("query", "key"))
+        pairs = jnp.sqrt(query * key)
+    if isinstance(kind, Fluctuation) or (isinstance(kind, Obs) and kind.terms == "output"):
+        return Importance(down, pairs, output)
     return Importance(gate + up + down, pairs, value + output)
+
+
+def _energies(attention: Params, name: str, read: Moments) -> jax.Array:
+    """Mean squares over tokens of what query or key puts out, float32 [heads * H]."""
+    weight = matrix(attention[name], f"attention.{name}").astype(jnp.float32)
+    squares = jnp.sum(weight * exact_dot(read.gram, weight), axis=0) / read.tokens
+    if (bias := attention.get(f"{name}_bias")) is None:
+        return squares
+    bias = bias.astype(jnp.float32).reshape(-1)
+    return squares + 2 * bias * exact_dot(read.total, weight) / read.tokens + bias**2
 
 
 def _inverse_diagonal(gram: jax.Array, damp: float) -> jax.Array:

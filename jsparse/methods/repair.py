@@ -16,14 +16,19 @@ The inputs gone are the same for every output, so the problem is least squares, 
 approaches. Its objective is that of plain masking at W'_K = W_K, so that it never makes the error larger.
 
 Blocks are repaired one after another on what the repaired blocks before them put out; within a block output comes
-first, and down on what the repaired attention lets it read.
+first, and down on what the repaired attention lets it read. With the target "dense" a matrix also makes up for what
+went wrong before it, queries and keys that its block has lost included, which no matrix of their own repairs:
+
+    minimise ||W'^T X - (W^T X + R)||_F^2,    R = residual stream after it of the dense model - and as W would have it
+
+which adds (H_KK + damp)^-1 X_K R^T to W'_K.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +37,21 @@ from numpy.typing import ArrayLike
 
 from jsparse import model
 from jsparse.config import LlamaConfig, check
-from jsparse.methods.importance import Importance, Moments, dense_blocks, keep_top, moments
+from jsparse.methods.importance import COMPILER, Importance, Moments, dense_blocks, keep_top, moments
 from jsparse.methods.patterns import matrix, pick, replace
 from jsparse.methods.pruning import embed
 from jsparse.methods.sparsegpt import exact_dot
 from jsparse.methods.subnet import Genome, check_dense, zero_filled
 from jsparse.model import Params
 
+Target = Literal["own", "dense"]
+
 
 @dataclass(frozen=True)
 class ClosedForm:
     type: ClassVar[str] = "closed"
     damp: float = 0.1  # added to the unit diagonal
+    target: Target = "own"  # own: what W puts out of the same inputs; dense: the dense model's residual stream
 
     def __post_init__(self) -> None:
         check(self.damp > 0, "damp", "a positive number", self.damp)
@@ -56,6 +64,7 @@ class Admm:
     iterations: int = 30
     damp: float = 0.1
     normalise: bool = True  # False: the paper to the letter, with H as it is
+    target: Target = "own"
 
     def __post_init__(self) -> None:
         check(self.rho > 0, "rho", "a positive number", self.rho)
@@ -75,13 +84,27 @@ Repair = ClosedForm | Admm | Bias
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def closed_form(weight: jax.Array, gram: jax.Array, kept: jax.Array, damp: float = 0.1) -> jax.Array:
-    """W' of W [I, O], H [I, I] and bool [I], all float32. Shapes do not depend on how many inputs are kept."""
+class Short(NamedTuple):
+    """R, by how much what W puts out of X is short of what is wanted, summed over tokens; float32."""
+
+    cross: jax.Array  # [I, O], X R^T
+    energy: jax.Array  # [], ||R||^2
+
+
+def closed_form(
+    weight: jax.Array, gram: jax.Array, kept: jax.Array, damp: float = 0.1, cross: jax.Array | None = None
+) -> jax.Array:
+    """W' of W [I, O], H [I, I] and bool [I], all float32. Shapes do not depend on how many inputs are kept.
+
+    cross: X R^T [I, O]; none where R is 0.
+    """
     h, scale = _unit_diagonal(gram)
     w = weight * scale[:, None]
     both = kept[:, None] & kept[None, :]
     system = jnp.where(both, h, 0.0) + jnp.diag(jnp.where(kept, damp, 1.0))
     lost = exact_dot(jnp.where(kept[:, None], h, 0.0), jnp.where(kept[:, None], 0.0, w))
+    if cross is not None:
+        lost = lost + jnp.where(kept[:, None], cross / scale[:, None], 0.0)
     gained = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), lost) / scale[:, None]
     return jnp.where(kept[:, None], weight + gained, 0.0)  # where nothing is lost, the weights as they were
 
@@ -95,6 +118,7 @@ def admm(
     iterations: int = 30,
     damp: float = 0.1,
     normalise: bool = True,
+    cross: jax.Array | None = None,
 ) -> jax.Array:
     """As `closed_form`, by iteration."""
     h, scale = _unit_diagonal(gram) if normalise else (gram, jnp.ones(len(gram)))
@@ -102,6 +126,8 @@ def admm(
     h = h + damp * jnp.mean(jnp.diag(h)) * jnp.eye(len(h))
     factor = jnp.linalg.cholesky(h + rho * jnp.eye(len(h)))
     target = exact_dot(h, w)
+    if cross is not None:
+        target = target + cross / scale[:, None]
 
     def step(_: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, u = state
@@ -120,17 +146,14 @@ def _unit_diagonal(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gram / (scale[:, None] * scale[None, :]), scale
 
 
-def relative_error(change: jax.Array, weight: jax.Array, gram: jax.Array) -> jax.Array:
-    """||change^T X||^2 / ||W^T X||^2, float32 []."""
-    return _energy(change, gram) / jnp.maximum(_energy(weight, gram), 1e-30)
+def relative_error(change: jax.Array, weight: jax.Array, gram: jax.Array, short: Short | None = None) -> jax.Array:
+    """||change^T X + R||^2 / ||W^T X + R||^2, float32 [], of what is wanted less what is put out."""
+    return _energy(change, gram, short) / jnp.maximum(_energy(weight, gram, short), 1e-30)
 
 
-def _energy(weight: jax.Array, gram: jax.Array) -> jax.Array:
-    return jnp.sum(weight * exact_dot(gram, weight))
-
-
-# Exact products by cuBLAS: as Triton kernels XLA compiles and times many variants of each, before the first repair.
-_COMPILER = {"xla_gpu_enable_triton_gemm": False}
+def _energy(weight: jax.Array, gram: jax.Array, short: Short | None = None) -> jax.Array:
+    put_out = jnp.sum(weight * exact_dot(gram, weight))
+    return put_out if short is None else put_out + 2 * jnp.sum(weight * short.cross) + short.energy
 
 
 class Repaired(NamedTuple):
@@ -140,14 +163,20 @@ class Repaired(NamedTuple):
     after: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("method", "name"), compiler_options=_COMPILER)
+@functools.partial(jax.jit, static_argnames=("method", "name"), compiler_options=COMPILER)
 def repair_matrix(
-    weight: jax.Array, bias: jax.Array | None, stats: Moments, kept: jax.Array, method: Repair, name: str
+    weight: jax.Array,
+    bias: jax.Array | None,
+    stats: Moments,
+    kept: jax.Array,
+    method: Repair,
+    name: str,
+    short: Short | None = None,
 ) -> Repaired:
     """Repairs one matrix, output or down, by the statistics of what it reads; kept is bool [I]. Not under jit."""
     w = matrix(weight, name).astype(jnp.float32)
     masked = jnp.where(kept[:, None], w, 0.0)
-    before = relative_error(w - masked, w, stats.gram)
+    before = relative_error(w - masked, w, stats.gram, short)
     if isinstance(method, Bias):
         assert bias is not None  # `with_biases` put it there
         mean = stats.total / stats.tokens
@@ -155,12 +184,13 @@ def repair_matrix(
         after = _energy(w - masked, centred) / jnp.maximum(_energy(w, stats.gram), 1e-30)
         bias = (bias.astype(jnp.float32) + exact_dot(mean, w - masked)).astype(bias.dtype)
         return Repaired(masked.astype(weight.dtype).reshape(weight.shape), bias, before, after)
+    cross = None if short is None else short.cross
     if isinstance(method, ClosedForm):
-        new = closed_form(w, stats.gram, kept, method.damp)
+        new = closed_form(w, stats.gram, kept, method.damp, cross)
     else:
         new = admm(w, stats.gram, kept, rho=method.rho, iterations=method.iterations, damp=method.damp,
-                   normalise=method.normalise)  # fmt: skip
-    after = relative_error(w - new, w, stats.gram)
+                   normalise=method.normalise, cross=cross)  # fmt: skip
+    after = relative_error(w - new, w, stats.gram, short)
     return Repaired(new.astype(weight.dtype).reshape(weight.shape), bias, before, after)
 
 
@@ -171,7 +201,7 @@ def repair_matrix(
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Of one matrix: squared error of its output on the calibration, relative to the output."""
+    """Of one matrix: squared error of its output on the calibration, relative to the output that is wanted."""
 
     name: str  # as in `layers.0.ffn.down`
     before: float  # by masking alone
@@ -190,7 +220,8 @@ def repair(
 ) -> tuple[Params, LlamaConfig, tuple[RepairReport, ...]]:
     """Repairs a subnet of a dense model.
 
-    Holds beside the parameters the residual stream of the calibration tokens and the statistics of one matrix.
+    Holds beside the parameters the residual stream of the calibration tokens, twice where the target is dense, and the
+    statistics of one matrix.
 
     Args:
         params: of the dense model, stacked; computes in their dtype, statistics and solutions in float32.
@@ -211,60 +242,74 @@ def repair(
     if isinstance(method, Bias):
         params, config = with_biases(params, config)
     masked = zero_filled(params, genome)
+    groups = config.num_attention_heads // config.num_key_value_heads
     stream = embed(params["embed"], config, tokens, batch_size)
+    aims = [x for x, _ in stream] if not isinstance(method, Bias) and method.target == "dense" else []
     layers, rows = [], []
     for i in range(config.num_hidden_layers):
-        layer = pick(masked["layers"], i)
-        if genome.layers[i]:
-            layer, found = _repair_block(pick(params["layers"], i), layer, stream, config, genome, i, method)
-            rows += found
-            for k, (x, counted) in enumerate(stream):  # one by one, so that it exists only once
-                stream[k] = _advance(layer, x, config), counted
+        dense, layer = pick(params["layers"], i), pick(masked["layers"], i)
+        kept = {"attention.output": np.repeat(genome.values[i], groups, axis=0).reshape(-1), "ffn.down": genome.ffn[i]}
+        for name, inputs in kept.items():
+            for k, x in enumerate(aims):  # one by one, so that the stream exists only once
+                aims[k] = _half(dense, x, config, name)[0]
+            if genome.layers[i]:
+                found = _repair_one(dense, layer, stream, aims, config, inputs, method, name)
+                before, after, finite = jax.device_get((found.before, found.after, jnp.all(jnp.isfinite(found.weight))))
+                if not finite:
+                    raise ValueError(
+                        f"layers.{i}.{name}: weights are not finite after the repair: more damping may help"
+                    )
+                rows.append(RepairReport(f"layers.{i}.{name}", float(before), float(after)))
+                bias = {} if found.bias is None else {f"{name}_bias": found.bias}
+                layer = replace(layer, {name: found.weight} | bias)
+                for k, (x, counted) in enumerate(stream):
+                    stream[k] = _half(layer, x, config, name)[0], counted
         layers.append(layer)
         if progress:
             progress(i + 1, config.num_hidden_layers)
     return model.stack(masked | {"layers": layers}), config, tuple(rows)
 
 
-def _repair_block(
-    dense: Params, layer: Params, stream: Any, config: LlamaConfig, genome: Genome, i: int, method: Repair
-) -> tuple[Params, list[RepairReport]]:
-    """One block, given dense and masked."""
-    groups = config.num_attention_heads // config.num_key_value_heads
-    kept = {"attention.output": np.repeat(genome.values[i], groups, axis=0).reshape(-1), "ffn.down": genome.ffn[i]}
-    # What output and down read is wanted whole, inputs that are gone included.
-    reading = replace(layer, {"attention.value": dense["attention"]["value"]}) | {"ffn": dense["ffn"]}
-    rows = []
-    for name, inputs in kept.items():
-        stats: Any = None
-        for x, counted in stream:
-            one = _read(reading, x, counted, config, name)
-            stats = one if stats is None else jax.tree.map(jnp.add, stats, one)
-        part, leaf = name.split(".")
-        bias = dense[part].get(f"{leaf}_bias")
-        found = repair_matrix(dense[part][leaf], bias, stats, jnp.asarray(inputs), method, name)
-        before, after, finite = jax.device_get((found.before, found.after, jnp.all(jnp.isfinite(found.weight))))
-        if not finite:
-            raise ValueError(f"layers.{i}.{name}: weights are not finite after the repair: more damping may help")
-        values = {name: found.weight} | ({} if bias is None else {f"{name}_bias": found.bias})
-        layer = replace(layer, values)
-        if name == "attention.output":
-            reading = replace(reading, values)
-        rows.append(RepairReport(f"layers.{i}.{name}", float(before), float(after)))
-    return layer, rows
+def _repair_one(
+    dense: Params, layer: Params, stream: Any, aims: Any, config: LlamaConfig, kept: Any, method: Repair, name: str
+) -> Repaired:
+    """Output or down of one block, given dense and masked, by the residual stream before its half of the block, and
+    the dense one after it where there are aims."""
+    part, leaf = name.split(".")
+    whole = dense["ffn"]
+    if part == "attention":  # of pruned queries and keys, but of all values
+        values = ("value", "value_bias", "output")
+        whole = layer["attention"] | {leaf: dense["attention"][leaf] for leaf in values if leaf in dense["attention"]}
+    reading, stats = layer | {part: whole}, None
+    for (x, counted), aim in zip(stream, aims or [None] * len(stream), strict=True):
+        one = _read(reading, x, aim, counted, config, name)
+        stats = one if stats is None else jax.tree.map(jnp.add, stats, one)
+    assert stats is not None  # there is always a batch
+    bias = dense[part].get(f"{leaf}_bias")
+    return repair_matrix(dense[part][leaf], bias, stats[0], jnp.asarray(kept), method, name, stats[1])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "name"), compiler_options=COMPILER)
+def _read(
+    reading: Params, x: jax.Array, aim: jax.Array | None, counted: jax.Array, config: LlamaConfig, name: str
+) -> tuple[Moments, Short | None]:
+    """Statistics of what output or down reads in one batch, and of how short of the aim the residual stream is."""
+    y, read = _half(reading, x, config, name)
+    stats = moments(read, counted)
+    if aim is None:
+        return stats, None
+    short = jnp.where(counted[:, None, None], aim.astype(jnp.float32) - y.astype(jnp.float32), 0.0)
+    short = short.reshape(-1, short.shape[-1])
+    cross = exact_dot(read.reshape(len(short), -1).astype(jnp.float32).T, short)
+    return stats, Short(cross, jnp.sum(short**2))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "name"))
-def _read(layer: Params, x: jax.Array, counted: jax.Array, config: LlamaConfig, name: str) -> Moments:
-    """Statistics of what output or down reads in one batch."""
-    trace = model.run_block(layer, x, config)[1]
-    return moments(trace.heads if name == "attention.output" else trace.hidden, counted)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _advance(layer: Params, x: jax.Array, config: LlamaConfig) -> jax.Array:
-    """The residual stream [B, T, D] after a block."""
-    return model.run_block(layer, x, config)[0]
+def _half(layer: Params, x: jax.Array, config: LlamaConfig, name: str) -> tuple[jax.Array, jax.Array]:
+    """The half of a block that ends in output or down: x [B, T, D] to the residual stream after it, and what the
+    matrix reads."""
+    y, _, read = (model.run_attention if name == "attention.output" else model.run_ffn)(layer, x, config)
+    return y, read
 
 
 def with_biases(params: Params, config: LlamaConfig) -> tuple[Params, LlamaConfig]:
@@ -325,7 +370,7 @@ def repair_levels(
     return Levels(jnp.stack(output), jnp.stack(down), jnp.asarray(values, jnp.int32), jnp.asarray(ffn, jnp.int32))
 
 
-@functools.partial(jax.jit, compiler_options=_COMPILER)
+@functools.partial(jax.jit, compiler_options=COMPILER)
 def _levels(weight: jax.Array, gram: jax.Array, kept: jax.Array, damp: float) -> jax.Array:
     """[widths, ...] of a weight [..., D], for inputs kept bool [widths, I]; one after another, to hold one system."""
     w = weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)

@@ -26,12 +26,15 @@ Shen et al., "Search for Efficient Large Language Models", arXiv 2409.17372 (Neu
 Where the paper is silent or does not work as printed:
 
 - Attention dims go in RoPE pairs for queries and keys and by themselves for values; dropped one by one before the
-  rotation, those of queries and keys would leave nothing smaller. Heads of a layer keep equally many.
+  rotation, those of queries and keys would leave nothing smaller. Heads of a layer keep equally many. Pairs are ranked
+  by their energy in attention's scores; `Obs.pairs = "weights"` sums their importance as Eq. 2 does.
 - Algorithm 1 draws whole masks until one overlaps with the old by alpha N. Below a ratio of about 0.89 none ever does.
   Here a mask first takes its new size by importance, and then up to (1 - alpha) K of its K entries change places, so
   that |S'| = K and |S and S'| >= alpha K by construction. `Evolution.masks = "rejection"` is the paper's.
 - A ratio moves by one or two steps of its grid (`ratios = "grid"`: anywhere on it), then random steps of random layers
   bring the subnet into its band of sizes, instead of throwing it away.
+- Beside S_0 stands a second initial subnet, whose FFNs alone give way (`uniform` with `spare_attention`): to prune
+  attention hurts far more (the paper's Fig. 4), and the way there is long by steps of a grid.
 - Any layers may go but the first two and the last two.
 - Of the survivors of the last epoch the best on held-out windows is taken.
 - The search may see repaired weights (`levels`): output and down of every layer, repaired beforehand for every width,
@@ -42,7 +45,7 @@ Where the paper is silent or does not work as printed:
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -190,7 +193,8 @@ def search(
         ground = make_ground(config, scores, settings.budget, space)
         genome = adaptive(ground) if settings.method == "fluctuation" else uniform(ground)
     if settings.method == "search":
-        best, candidates = _evolved(params, config, texts, settings, ground, genome, folder, tell, progress)
+        starts = genome, uniform(ground, spare_attention=True)
+        best, candidates = _evolved(params, config, texts, settings, ground, starts, folder, tell, progress)
         genome, fitness = best.genome, best.loss
 
     def perplexity(params: Params, config: LlamaConfig, *genomes: Genome) -> list[float]:
@@ -262,7 +266,7 @@ def _evolved(
     texts: Texts,
     settings: SearchConfig,
     ground: Ground,
-    start: Genome,
+    starts: Sequence[Genome],
     folder: Path | None,
     tell: Callable[[str], None],
     progress: Callable[[Progress], None] | None,
@@ -281,7 +285,7 @@ def _evolved(
         return scorer(net, config, batch=batch, together=settings.together)
 
     tell("search")
-    state = evolve(start, fitness(texts.fitness), ground, evolution, folder=folder, progress=progress)
+    state = evolve(starts, fitness(texts.fitness), ground, evolution, folder=folder, progress=progress)
     heldout = fitness(texts.heldout)([survivor.genome for survivor in state.parents])
     return state.parents[int(np.argmin(heldout))], len(state.visited)
 

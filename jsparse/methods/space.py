@@ -131,8 +131,9 @@ class Ground:
 
     @functools.cached_property
     def ranks(self) -> Importance:
-        """How many entries of a row are less important than each."""
-        return Importance(*(np.argsort(np.argsort(x, axis=-1), axis=-1) for x in self.scores))
+        """How many entries of a row are less important than each; of equals the first is the most, as in `keep_top`."""
+        falling = (np.argsort(-x, axis=-1, kind="stable") for x in self.scores)
+        return Importance(*(x.shape[-1] - 1 - np.argsort(x, axis=-1) for x in falling))
 
     @property
     def heads(self) -> int:
@@ -213,11 +214,16 @@ def fit(widths: Widths, ground: Ground, rng: np.random.Generator) -> bool:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def uniform(ground: Ground) -> Genome:
-    """S_0: one ratio for all, clipped to the grids, and what is most important; single steps fill the budget up."""
+def uniform(ground: Ground, *, spare_attention: bool = False) -> Genome:
+    """S_0: one ratio for all, clipped to the grids, and what is most important; single steps fill the budget up.
+
+    spare_attention: the ratio is that of FFNs alone, and attention gives way only where they reach their smallest.
+    """
     space, count = ground.space, len(ground.scores.ffn)
     for ratio in np.linspace(1, 0, 401):
         levels = [int(np.argmin(np.abs(grid - ratio * full))) for grid, full in _grids(ground)]
+        if spare_attention:
+            levels[1:] = len(space.pairs) - 1, len(space.values) - 1
         widths = Widths(np.ones(count, bool), *(np.full(count, level) for level in levels))
         if ground.count(widths) <= ground.bounds[1]:
             break
