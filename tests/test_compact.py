@@ -22,6 +22,7 @@ from jsparse.config import (
     LayerShape,
     LlamaConfig,
     LogConfig,
+    LteStage1,
     MeshConfig,
     ModelSource,
     ProSparse,
@@ -205,6 +206,31 @@ def test_training_on_top(tmp_path: Path) -> None:
     assert moved.shape == (32, 16) and 0 < moved.max() < 0.1
     lines = [json.loads(line) for line in (Path(run.run) / "metrics.jsonl").read_text().splitlines()]
     assert len(lines[0]["sparsity"]) == 2 and lines[0]["penalty"] > 0
+
+
+def test_lte_on_top(tmp_path: Path) -> None:
+    """Stage 1 on a compact folder: blocks of each layer's own width, fitted routers, thresholds for the target."""
+    config = dataclasses.replace(CONFIG, attention_bias=False, mlp_bias=False)
+    params = random_params(config)
+    hf.save(tmp_path / "model", config, params)
+    run = recipe(
+        tmp_path / "run",
+        model=ModelSource(path=str(tmp_path / "model")),
+        method=LteStage1(target_sparsity=0.5, block_size=4),
+        steps=1,
+        checkpoint=CheckpointConfig(every=1),
+    )
+    train(run)
+    routed, trained, _ = load_run(run.run)
+    assert routed == dataclasses.replace(config, router=Router(block_size=4))
+    ffns = [layer["ffn"] for layer in trained["layers"]]
+    assert [ffn["router"].shape for ffn in ffns] == [(32, 4), (32, 12)]
+    order = [np.argsort(ffn["down"][:, 0]) for ffn in ffns]  # of sorted neurons both models are the same but for a step
+    for ffn, layer, row in zip(ffns, params["layers"], order, strict=True):
+        before = np.sort(np.asarray(layer["ffn"]["down"][:, 0]))
+        np.testing.assert_allclose(ffn["down"][row, 0], before, atol=0.02)
+    ids = np.load(tmp_path / "run" / "tokens.npy")[:200]
+    assert abs(np.mean(evaluate(trained, routed, ids, seq_len=16).sparsity) - 0.5) < 0.15
 
 
 def test_training_flops() -> None:

@@ -67,7 +67,7 @@ def test_groups_are_orders_of_all_neurons(kind):
     config = tiny_config()
     params = random_params(config)
     order = grouping.group(params, config, 8, kind, tokens=tokens(config, 1, 20))  # type: ignore[arg-type]
-    assert order.shape == (2, 48) and np.all(np.sort(order, axis=1) == np.arange(48))
+    assert np.shape(order) == (2, 48) and np.all(np.sort(order, axis=1) == np.arange(48))
     again = grouping.group(params, config, 8, kind, tokens=tokens(config, 1, 20))  # type: ignore[arg-type]
     np.testing.assert_array_equal(order, again)
 

@@ -11,7 +11,7 @@ problem); the rest moves where it costs least, and pairs are swapped while that 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -132,8 +132,8 @@ def group(
     tokens: Any = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """The order of the neurons, int [L, F], that puts each block side by side; see `permute`.
+) -> list[np.ndarray]:
+    """The order of each layer's neurons, int [F], that puts each block side by side; see `permute`.
 
     In a job of several processes all call it and get what the first one found.
 
@@ -145,17 +145,18 @@ def group(
     Raises:
         ConfigError: a block size that does not divide F, or no tokens for "coactivation".
     """
-    f, layers = config.intermediate_size, config.num_hidden_layers
-    check(block_size > 0 and f % block_size == 0, "block_size", f"a divisor of intermediate_size ({f})", block_size)
+    widths = [shape.intermediate_size for shape in config.layer_shapes]
+    for f in widths:
+        check(block_size > 0 and f % block_size == 0, "block_size", f"a divisor of intermediate_size ({f})", block_size)
     check(grouping != "coactivation" or tokens is not None, "tokens", "sample text for coactivation", None)
-    if block_size in (1, f):
-        return np.tile(np.arange(f), (layers, 1))
     acts = None
     if grouping == "coactivation":
         acts = model.trunk(params, jnp.asarray(tokens), config, probe=lambda trace: jnp.abs(trace.hidden))[1]
     orders = []
-    for i in range(layers):
-        if grouping == "random":
+    for i, f in enumerate(widths):
+        if block_size in (1, f):
+            labels = np.zeros(f, int)
+        elif grouping == "random":
             labels = np.random.default_rng((seed, i)).permutation(np.repeat(np.arange(f // block_size), block_size))
         else:
             source = _layer(params["layers"], i) if acts is None else acts[i].reshape(-1, f)
@@ -164,20 +165,19 @@ def group(
             labels = balanced_kmeans(features, f // block_size, seed=seed)
         orders.append(np.argsort(labels, kind="stable"))
         if progress:
-            progress(i + 1, layers)
-    order = np.stack(orders)
-    return multihost_utils.broadcast_one_to_all(order) if jax.process_count() > 1 else order
+            progress(i + 1, len(widths))
+    return multihost_utils.broadcast_one_to_all(orders) if jax.process_count() > 1 else orders
 
 
-def permute(params: Params, order: np.ndarray) -> Params:
-    """The same model with the neurons of layer l in the order order[l], [L, F]: outputs change by rounding alone.
+def permute(params: Params, order: Sequence[np.ndarray]) -> Params:
+    """The same model with the neurons of layer l in the order order[l], int [F]: outputs change by rounding alone.
 
     Args:
         params: stacked or unstacked, sharded or not; the result is as they are. Has no routers yet.
     """
     layers = params["layers"]
     if isinstance(layers, dict):
-        return params | {"layers": layers | {"ffn": _permute(layers["ffn"], jnp.asarray(order))}}
+        return params | {"layers": layers | {"ffn": _permute(layers["ffn"], jnp.asarray(np.stack(order)))}}
     ffns = [_permute(layer["ffn"], jnp.asarray(row)) for layer, row in zip(layers, order, strict=True)]
     return params | {"layers": [layer | {"ffn": ffn} for layer, ffn in zip(layers, ffns, strict=True)]}
 

@@ -169,7 +169,7 @@ def add_routers(
     """The model with routers and thresholds, float32; its neurons are expected in the order of `grouping.permute`.
 
     Args:
-        params: stacked, without routers.
+        params: without routers; stacked, or a list where layers differ in shape.
         threshold: of every layer: tau, or the share of blocks to drop (`jsparse.config.Router`).
         init: of the routers. "predictor" fits them to the blocks' activations on sample text, the largest of each token
             above a score of 0.5; "open" points every router along the layer's mean input, so that every score starts
@@ -180,34 +180,48 @@ def add_routers(
         dropped: for "predictor", the share of blocks whose scores start below 0.5.
     """
     routed = replace(config, router=router)
-    shapes = model.abstract(routed)["layers"]["ffn"]
-    new = {"router_threshold": jnp.full(shapes["router_threshold"].shape, threshold, jnp.float32)}
-    if "router" in shapes:
+    shapes, layers = model.abstract(routed)["layers"], params["layers"]
+    given = None
+    if router.mode != "oracle" and init == "predictor":
+        given = _fit(params, jnp.asarray(tokens), dropped, config, router.block_size)
+    if router.mode != "oracle" and init == "open":
+        given = _mean_inputs(params, jnp.asarray(tokens), config)
+
+    def start(shapes: Params, given: Any, key: jax.Array | None) -> Params:
+        """Of one layer, or of a stack."""
+        new = {"router_threshold": jnp.full(shapes["router_threshold"].shape, threshold, jnp.float32)}
+        if "router" not in shapes:
+            return new
         shape = shapes["router"].shape
         new["router"] = jnp.zeros(shape, jnp.float32)
         if init == "normal":
             assert key is not None
             new["router"] = config.initializer_range * jax.random.normal(key, shape)
         if init == "predictor":
-            new["router"] = _fit(params, jnp.asarray(tokens), dropped, config, router.block_size)
+            new["router"] = given
         if init == "open":
-            mean = _mean_inputs(params, jnp.asarray(tokens), config)  # [L, D]
-            along = OPEN * mean / jnp.sum(mean * mean, axis=-1, keepdims=True)
-            new["router"] = jnp.broadcast_to(along[:, :, None], shape)
-    layers = params["layers"]
-    return params | {"layers": layers | {"ffn": layers["ffn"] | new}}, routed
+            along = OPEN * given / jnp.sum(given * given, axis=-1, keepdims=True)
+            new["router"] = jnp.broadcast_to(along[..., None], shape)
+        return new
+
+    if isinstance(layers, dict):
+        return params | {"layers": layers | {"ffn": layers["ffn"] | start(shapes["ffn"], given, key)}}, routed
+    keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
+    rows = zip(layers, shapes, given or [None] * len(layers), keys, strict=True)
+    return params | {"layers": [layer | {"ffn": layer["ffn"] | start(shape["ffn"], mean, key)}
+                                for layer, shape, mean, key in rows]}, routed  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _mean_inputs(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
-    """float32 [L, D], the mean over tokens of each FFN's normalised input."""
+    """float32 [L, D] (a list where the layers are a list), the mean over tokens of each FFN's normalised input."""
     return model.trunk(params, tokens, config, probe=lambda trace: jnp.mean(trace.x, (0, 1), dtype=jnp.float32))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block_size"))
 def _fit(params: Params, tokens: jax.Array, dropped: Any, config: LlamaConfig, block_size: int) -> jax.Array:
-    """Routers float32 [L, D, E], by ridge regression of the logarithm of what each block puts out, the sum over its
-    neurons of |x1_i| ||W_down,i||, over that of the token's block at the cut."""
+    """Routers float32 [L, D, E] (a list where the layers are a list), by ridge regression of the logarithm of what each
+    block puts out, the sum over its neurons of |x1_i| ||W_down,i||, over that of the token's block at the cut."""
 
     def measure(trace: FFNTrace) -> jax.Array:
         x = trace.x.astype(jnp.float32).reshape(-1, trace.x.shape[-1])
@@ -224,11 +238,17 @@ def _fit(params: Params, tokens: jax.Array, dropped: Any, config: LlamaConfig, b
 
 
 def set_thresholds(params: Params, thresholds: Any) -> Params:
-    """Stacked parameters with the routers' thresholds [L]."""
+    """Parameters with the routers' thresholds [L]."""
+
+    def put(layers: Any, new: Any) -> Any:  # of one layer, or of a stack
+        ffn = layers["ffn"]
+        new = jax.device_put(jnp.asarray(new, jnp.float32), ffn["router_threshold"].sharding)
+        return layers | {"ffn": ffn | {"router_threshold": new}}
+
     layers = params["layers"]
-    old = layers["ffn"]["router_threshold"]
-    new = jax.device_put(jnp.asarray(thresholds, jnp.float32), old.sharding)
-    return params | {"layers": layers | {"ffn": layers["ffn"] | {"router_threshold": new}}}
+    if isinstance(layers, dict):
+        return params | {"layers": put(layers, thresholds)}
+    return params | {"layers": [put(layer, new) for layer, new in zip(layers, thresholds, strict=True)]}
 
 
 def served(config: LlamaConfig) -> LlamaConfig:
@@ -348,7 +368,7 @@ def _bins(logits: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _histogram(params: Params, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
-    counts = model.trunk(params, tokens, config, probe=lambda trace: _bins(trace.logits))[1]
+    counts = jnp.stack([*model.trunk(params, tokens, config, probe=lambda trace: _bins(trace.logits))[1]])
     return constrain(counts, None, None)  # whole everywhere: the host reads it
 
 

@@ -115,13 +115,6 @@ def training_config(method: Method, model_config: LlamaConfig) -> LlamaConfig:
         ConfigError: stage 2 of LTE and a model without LTE's routers, routers for layers of several shapes, or a block
             size that does not divide F.
     """
-    if isinstance(method, AddsRouters):
-        check(
-            model_config.layers is None,
-            "model",
-            f"one whose layers are alike for method {method.type}",
-            "several shapes",
-        )
     match method:
         case LteStage1():
             return replace(model_config, router=Router(method.block_size, "soft"))
