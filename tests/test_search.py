@@ -206,7 +206,9 @@ def test_band(of: Any) -> None:
     dense = Sizes.of(CONFIG)
     fixed = dense.ends if of == "decoder" else 0
     whole_size = dense.count(whole(CONFIG)) - fixed
-    for genome in (uniform(ground), adaptive(ground), random_genome(0, ground), random_genome(1, ground)):
+    spared = uniform(ground, spare_attention=True)
+    assert spared.pairs.all() and spared.values.all() and not spared.ffn.all()
+    for genome in (uniform(ground), spared, adaptive(ground), random_genome(0, ground), random_genome(1, ground)):
         share = (dense.count(genome) - fixed) / whole_size
         assert 0.56 <= share <= 0.6
         assert set(genome.ffn.sum(1)) <= set(ground.space.ffn.tolist())
@@ -331,18 +333,18 @@ class Stop(Exception):
 
 def test_stops_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     ground = ground_of()
-    start = uniform(ground)
-    whole_run = evolve([start], fake_fitness, ground, SMALL, folder=tmp_path / "whole").parents
+    starts = uniform(ground), uniform(ground), uniform(ground, spare_attention=True)  # of equals one
+    whole_run = evolve(starts, fake_fitness, ground, SMALL, folder=tmp_path / "whole").parents
 
     def stop(now: Any) -> None:
         if now.epoch == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        evolve([start], fake_fitness, ground, SMALL, folder=tmp_path / "parts", progress=stop)
+        evolve(starts, fake_fitness, ground, SMALL, folder=tmp_path / "parts", progress=stop)
     log = tmp_path / "parts" / "candidates.jsonl"
     log.write_text(log.read_text() + '{"epoch": 2, "lo')  # a kill in the middle of a line
-    again = evolve([start], fake_fitness, ground, SMALL, folder=tmp_path / "parts").parents
+    again = evolve(starts, fake_fitness, ground, SMALL, folder=tmp_path / "parts").parents
     for a, b in zip(whole_run, again, strict=True):
         assert (a.origin, a.parameters, a.loss) == (b.origin, b.parameters, b.loss)
         assert all((x == y).all() for x, y in zip(a.genome, b.genome, strict=True))
@@ -350,7 +352,7 @@ def test_stops_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert lines == (tmp_path / "whole" / "candidates.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
     assert len(rows) == len({row["digest"] for row in rows}) == 36  # none twice
-    assert [row["origin"] for row in rows[:2]] == ["initial", "wild"]
+    assert [row["origin"] for row in rows[:3]] == ["initial", "initial", "wild"]
     low, high = ground.bounds
     assert all(low <= row["parameters"] <= high for row in rows)
     assert {row["origin"] for row in rows[12:]} == {"mutant", "crossover", "wild"}
@@ -496,4 +498,6 @@ def test_what_search_refuses() -> None:
         search(small, shapes, TEXTS, SETTINGS)
     with pytest.raises(ConfigError, match="keep: expected a ratio that the space reaches"):
         search(params, CONFIG, TEXTS, dataclasses.replace(SETTINGS, budget=Budget(0.05, band=0.01)))
+    with pytest.raises(ConfigError, match="levels: expected the method search beside it, got 'depth'"):
+        SearchConfig(method="depth", levels=True)
     assert fit(ground_of().widths(uniform(ground_of())), ground_of(), np.random.default_rng(0))

@@ -251,19 +251,18 @@ def repair(
         kept = {"attention.output": np.repeat(genome.values[i], groups, axis=0).reshape(-1), "ffn.down": genome.ffn[i]}
         for name, inputs in kept.items():
             for k, x in enumerate(aims):  # one by one, so that the stream exists only once
-                aims[k] = _half(dense, x, config, name)[0]
+                aims[k] = _advance(dense, x, config, name)
             if genome.layers[i]:
+                where = f"layers.{i}.{name}"
                 found = _repair_one(dense, layer, stream, aims, config, inputs, method, name)
                 before, after, finite = jax.device_get((found.before, found.after, jnp.all(jnp.isfinite(found.weight))))
                 if not finite:
-                    raise ValueError(
-                        f"layers.{i}.{name}: weights are not finite after the repair: more damping may help"
-                    )
-                rows.append(RepairReport(f"layers.{i}.{name}", float(before), float(after)))
+                    raise ValueError(f"{where}: weights are not finite after the repair: more damping may help")
+                rows.append(RepairReport(where, float(before), float(after)))
                 bias = {} if found.bias is None else {f"{name}_bias": found.bias}
                 layer = replace(layer, {name: found.weight} | bias)
                 for k, (x, counted) in enumerate(stream):
-                    stream[k] = _half(layer, x, config, name)[0], counted
+                    stream[k] = _advance(layer, x, config, name), counted
         layers.append(layer)
         if progress:
             progress(i + 1, config.num_hidden_layers)
@@ -277,9 +276,9 @@ def _repair_one(
     the dense one after it where there are aims."""
     part, leaf = name.split(".")
     whole = dense["ffn"]
-    if part == "attention":  # of pruned queries and keys, but of all values
-        values = ("value", "value_bias", "output")
-        whole = layer["attention"] | {leaf: dense["attention"][leaf] for leaf in values if leaf in dense["attention"]}
+    if part == "attention":  # pruned queries and keys, but all values
+        values = {name: dense["attention"].get(name) for name in ("value", "value_bias", "output")}
+        whole = layer["attention"] | {name: x for name, x in values.items() if x is not None}
     reading, stats = layer | {part: whole}, None
     for (x, counted), aim in zip(stream, aims or [None] * len(stream), strict=True):
         one = _read(reading, x, aim, counted, config, name)
@@ -305,9 +304,13 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "name"))
+def _advance(layer: Params, x: jax.Array, config: LlamaConfig, name: str) -> jax.Array:
+    """The residual stream [B, T, D] after the half of a block that ends in output or down."""
+    return _half(layer, x, config, name)[0]
+
+
 def _half(layer: Params, x: jax.Array, config: LlamaConfig, name: str) -> tuple[jax.Array, jax.Array]:
-    """The half of a block that ends in output or down: x [B, T, D] to the residual stream after it, and what the
-    matrix reads."""
+    """The residual stream after one half of a block, and what its output or down reads."""
     y, _, read = (model.run_attention if name == "attention.output" else model.run_ffn)(layer, x, config)
     return y, read
 

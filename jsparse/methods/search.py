@@ -95,6 +95,11 @@ class SearchConfig:
     batch_size: int = 8  # calibration sequences a forward pass
     together: int = 1  # candidates a forward pass, where the fitness windows alone do not fill the device
 
+    def __post_init__(self) -> None:
+        searches = self.method == "search"
+        check(searches or not self.levels, "levels", "the method search beside it", self.method)
+        check(searches or self.fitness == "perplexity", "fitness", "the method search beside it", self.method)
+
 
 class Texts(NamedTuple):
     """Windows of text for the three uses, disjoint."""

@@ -112,8 +112,7 @@ def training_config(method: Method, model_config: LlamaConfig) -> LlamaConfig:
     """The config to train a model with: with the routers that the method adds, in the mode it trains them in.
 
     Raises:
-        ConfigError: stage 2 of LTE and a model without LTE's routers, routers for layers of several shapes, or a block
-            size that does not divide F.
+        ConfigError: stage 2 of LTE and a model without LTE's routers, or a block size that does not divide F.
     """
     match method:
         case LteStage1():
