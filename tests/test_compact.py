@@ -223,14 +223,12 @@ def test_lte_on_top(tmp_path: Path) -> None:
     train(run)
     routed, trained, _ = load_run(run.run)
     assert routed == dataclasses.replace(config, router=Router(block_size=4))
-    ffns = [layer["ffn"] for layer in trained["layers"]]
-    assert [ffn["router"].shape for ffn in ffns] == [(32, 4), (32, 12)]
-    order = [np.argsort(ffn["down"][:, 0]) for ffn in ffns]  # of sorted neurons both models are the same but for a step
-    for ffn, layer, row in zip(ffns, params["layers"], order, strict=True):
-        before = np.sort(np.asarray(layer["ffn"]["down"][:, 0]))
-        np.testing.assert_allclose(ffn["down"][row, 0], before, atol=0.02)
+    assert [layer["ffn"]["router"].shape for layer in trained["layers"]] == [(32, 4), (32, 12)]
+    for new, old in zip(trained["layers"], params["layers"], strict=True):  # in another order, and a step further
+        new, old = (np.sort(np.asarray(layer["ffn"]["down"][:, 0])) for layer in (new, old))
+        np.testing.assert_allclose(new, old, atol=0.02)
     ids = np.load(tmp_path / "run" / "tokens.npy")[:200]
-    assert abs(np.mean(evaluate(trained, routed, ids, seq_len=16).sparsity) - 0.5) < 0.15
+    assert abs(np.mean(evaluate(trained, routed, ids, seq_len=16).block_sparsity) - 0.5) < 0.1
 
 
 def test_training_flops() -> None:

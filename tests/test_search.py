@@ -33,6 +33,7 @@ from jsparse.methods.space import (
     make_space,
     of_widths,
     resize,
+    starts,
     uniform,
 )
 from jsparse.methods.subnet import Genome, Sizes, compact, from_json, to_json, whole, zero_filled
@@ -216,6 +217,15 @@ def test_band(of: Any) -> None:
             assert (part.sum(-1) == part[:, :1].sum(-1)).all() and set(part.sum(-1).flat) <= set(grid.tolist())
 
 
+def test_a_band_without_room_for_a_second_start() -> None:
+    """Steps of an FFN alone are too long for it, those of attention are not."""
+    space = make_space(CONFIG, 0.7, dataclasses.replace(SPACE, ffn_multiple=16))
+    ground = make_ground(CONFIG, scores_of(), Budget(0.7, band=0.015), space)
+    with pytest.raises(ConfigError, match="band: expected a band of sizes"):
+        uniform(ground, spare_attention=True)
+    assert len(starts(ground)) == 1 and len(starts(ground_of())) == 2
+
+
 def test_depth_alone() -> None:
     influence = np.array([3.0, 1.0, 2.0, 9.0])
     genome = depth_only(CONFIG, influence, Budget(0.62))
@@ -333,18 +343,18 @@ class Stop(Exception):
 
 def test_stops_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     ground = ground_of()
-    starts = uniform(ground), uniform(ground), uniform(ground, spare_attention=True)  # of equals one
-    whole_run = evolve(starts, fake_fitness, ground, SMALL, folder=tmp_path / "whole").parents
+    begin = [uniform(ground), *starts(ground)]  # of equals one
+    whole_run = evolve(begin, fake_fitness, ground, SMALL, folder=tmp_path / "whole").parents
 
     def stop(now: Any) -> None:
         if now.epoch == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        evolve(starts, fake_fitness, ground, SMALL, folder=tmp_path / "parts", progress=stop)
+        evolve(begin, fake_fitness, ground, SMALL, folder=tmp_path / "parts", progress=stop)
     log = tmp_path / "parts" / "candidates.jsonl"
     log.write_text(log.read_text() + '{"epoch": 2, "lo')  # a kill in the middle of a line
-    again = evolve(starts, fake_fitness, ground, SMALL, folder=tmp_path / "parts").parents
+    again = evolve(begin, fake_fitness, ground, SMALL, folder=tmp_path / "parts").parents
     for a, b in zip(whole_run, again, strict=True):
         assert (a.origin, a.parameters, a.loss) == (b.origin, b.parameters, b.loss)
         assert all((x == y).all() for x, y in zip(a.genome, b.genome, strict=True))

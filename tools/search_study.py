@@ -40,7 +40,17 @@ from jsparse.methods.evolution import Evolution, evolve
 from jsparse.methods.importance import Fluctuation, Importance, Magnitude, Obs, RandomScore, Score, importance
 from jsparse.methods.repair import Admm, Bias, ClosedForm, Levels, Repair, repair, repair_levels
 from jsparse.methods.search import draw_texts
-from jsparse.methods.space import Budget, Ground, SpaceConfig, adaptive, depth_only, make_ground, make_space, uniform
+from jsparse.methods.space import (
+    Budget,
+    Ground,
+    SpaceConfig,
+    adaptive,
+    depth_only,
+    make_ground,
+    make_space,
+    starts,
+    uniform,
+)
 from jsparse.methods.subnet import Genome, Sizes, compact, to_json, whole, zero_filled
 from jsparse.methods.supernet import make_supernet, scorer
 
@@ -227,8 +237,7 @@ class Study:
         settings = Evolution(epochs=self.args.epochs, population=n, mutants=n // 2, crossovers=n * 3 // 10, seed=seed,
                              **changes)  # fmt: skip
         began = time.perf_counter()
-        starts = uniform(ground), uniform(ground, spare_attention=True)
-        state = evolve(starts, scorers[0], ground, settings)
+        state = evolve(starts(ground), scorers[0], ground, settings)
         best = state.parents[int(np.argmin(scorers[1]([survivor.genome for survivor in state.parents])))]
         return best.genome, {"seed": seed, "candidates": len(state.visited), "loss": best.loss,
                              "search_seconds": time.perf_counter() - began}  # fmt: skip

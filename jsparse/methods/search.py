@@ -33,7 +33,7 @@ Where the paper is silent or does not work as printed:
   that |S'| = K and |S and S'| >= alpha K by construction. `Evolution.masks = "rejection"` is the paper's.
 - A ratio moves by one or two steps of its grid (`ratios = "grid"`: anywhere on it), then random steps of random layers
   bring the subnet into its band of sizes, instead of throwing it away.
-- Beside S_0 stands a second initial subnet, whose FFNs alone give way (`uniform` with `spare_attention`): to prune
+- Beside S_0 stands a second initial subnet, whose FFNs alone give way (`space.starts`): to prune
   attention hurts far more (the paper's Fig. 4), and the way there is long by steps of a grid.
 - Any layers may go but the first two and the last two.
 - Of the survivors of the last epoch the best on held-out windows is taken.
@@ -45,7 +45,7 @@ Where the paper is silent or does not work as printed:
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,6 +69,7 @@ from jsparse.methods.space import (
     depth_only,
     make_ground,
     make_space,
+    starts,
     uniform,
 )
 from jsparse.methods.subnet import Genome, Sizes, check_dense, to_json, whole, zero_filled
@@ -198,8 +199,7 @@ def search(
         ground = make_ground(config, scores, settings.budget, space)
         genome = adaptive(ground) if settings.method == "fluctuation" else uniform(ground)
     if settings.method == "search":
-        starts = genome, uniform(ground, spare_attention=True)
-        best, candidates = _evolved(params, config, texts, settings, ground, starts, folder, tell, progress)
+        best, candidates = _evolved(params, config, texts, settings, ground, folder, tell, progress)
         genome, fitness = best.genome, best.loss
 
     def perplexity(params: Params, config: LlamaConfig, *genomes: Genome) -> list[float]:
@@ -271,7 +271,6 @@ def _evolved(
     texts: Texts,
     settings: SearchConfig,
     ground: Ground,
-    starts: Sequence[Genome],
     folder: Path | None,
     tell: Callable[[str], None],
     progress: Callable[[Progress], None] | None,
@@ -290,7 +289,7 @@ def _evolved(
         return scorer(net, config, batch=batch, together=settings.together)
 
     tell("search")
-    state = evolve(starts, fitness(texts.fitness), ground, evolution, folder=folder, progress=progress)
+    state = evolve(starts(ground), fitness(texts.fitness), ground, evolution, folder=folder, progress=progress)
     heldout = fitness(texts.heldout)([survivor.genome for survivor in state.parents])
     return state.parents[int(np.argmin(heldout))], len(state.visited)
 

@@ -8,6 +8,7 @@ A `Genome` says what is kept, `Widths` how much of each layer, as positions on t
 genomes: what is kept is what is most important.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -232,6 +233,14 @@ def uniform(ground: Ground, *, spare_attention: bool = False) -> Genome:
         widths.layers[rng.permutation(np.flatnonzero(space.removable))[: space.depth]] = False
         check(fit(widths, ground, rng), "band", "a band of sizes that a subnet of the space meets", ground.bounds)
     return of_widths(widths, ground)
+
+
+def starts(ground: Ground) -> list[Genome]:
+    """Where a search begins: S_0, and the subnet that spares attention, where the band has room for it."""
+    found = [uniform(ground)]
+    with contextlib.suppress(ConfigError):
+        found.append(uniform(ground, spare_attention=True))
+    return found
 
 
 def _grids(ground: Ground) -> list[tuple[np.ndarray, int]]:
