@@ -248,7 +248,7 @@ class Study:
         about = {"metrics": table, "step_seconds": float(np.median(seconds[3:] or seconds))}
         return now.params, {"about": about, "fresh": fresh.tokens}
 
-    def group(self, block_size: int, grouping: Any, seed: int) -> np.ndarray:
+    def group(self, block_size: int, grouping: Any, seed: int) -> list[np.ndarray]:
         return group(self.params, self.config, block_size, grouping, tokens=self.sample[:1], seed=seed)
 
     def with_routers(self, variant: Variant, router: Router, params: Any, **options: Any) -> Any:
