@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +187,7 @@ def train(config: TrainConfig) -> Summary:
             last = number == config.steps or stop.requested(number)
             if number == config.steps:
                 settle(0)
-                now = calibrate(now, config, model_config, next(batches))
+                now = calibrate(now, config, model_config, batches)
             if held_out and (number % config.log.eval_every == 0 or number == config.steps):
                 settle(0)
                 measure(number)  # before saving: a run that goes on from the checkpoint has this behind it
@@ -365,13 +365,19 @@ def starting_params(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, 
                dropped=method.target_sparsity or 0.5)[0]  # fmt: skip
 
 
-def calibrate(now: state.TrainState, config: TrainConfig, model_config: LlamaConfig, batch: Batch) -> state.TrainState:
-    """The state with thresholds that meet the method's target on a batch it has not trained on; as it is without."""
+CALIBRATION = 4096  # tokens at least
+
+
+def calibrate(
+    now: state.TrainState, config: TrainConfig, model_config: LlamaConfig, batches: Iterator[Batch]
+) -> state.TrainState:
+    """The state with thresholds that meet the method's target on the next batches; as it is without a target."""
     target = config.method.target_sparsity if isinstance(config.method, LteStage1 | LteStage2) else None
     if target is None:
         return now
     params = _cast(now.params, model_config, config.dtype)
-    thresholds = lte.calibrate(params, model_config, [jnp.asarray(batch.tokens)], target)
+    count = -(-CALIBRATION // (config.data.batch_size * config.data.seq_len))
+    thresholds = lte.calibrate(params, model_config, [next(batches).tokens for _ in range(count)], target)
     return dataclasses.replace(now, params=lte.set_thresholds(now.params, thresholds))
 
 
