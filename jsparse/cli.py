@@ -881,6 +881,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns its exit code."""
     try:
         command = _parse(arguments)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its tokenizers warn of model types that are ours
         print(f"settings: {_settings(command)}", file=sys.stderr)
         command.run()
     except ConfigError as error:
