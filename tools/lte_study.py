@@ -251,7 +251,8 @@ class Study:
     def group(self, block_size: int, grouping: Any, seed: int) -> list[np.ndarray]:
         return group(self.params, self.config, block_size, grouping, tokens=self.sample[:1], seed=seed)
 
-    def with_routers(self, variant: Variant, router: Router, params: Any, **options: Any) -> Any:
+    def with_routers(self, variant: Variant, router: Router | None, params: Any, **options: Any) -> Any:
+        assert router is not None
         order = self.grouped(variant.method.block_size, variant.method.grouping, variant.seed)
         return lte.add_routers(permute(params, order), self.config, router, key=jax.random.key(variant.seed),
                                tokens=self.sample, **options)[0]  # fmt: skip

@@ -377,7 +377,7 @@ def calibrate(
         return now
     params = _cast(now.params, model_config, config.dtype)
     count = -(-CALIBRATION // (config.data.batch_size * config.data.seq_len))
-    thresholds = lte.calibrate(params, model_config, [next(batches).tokens for _ in range(count)], target)
+    thresholds = lte.calibrate(params, model_config, [jnp.asarray(next(batches).tokens) for _ in range(count)], target)
     return dataclasses.replace(now, params=lte.set_thresholds(now.params, thresholds))
 
 
