@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import Cache, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, rotate_half
 
 from .configuration_sparsellama import JsparseConfig, SparseLlamaConfig
@@ -163,7 +163,8 @@ class NarrowAttention(LlamaAttention):
         self.v_proj = nn.Linear(d, k * self.value_dim, bias=bias)
         self.o_proj = nn.Linear(n * self.value_dim, d, bias=bias)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)  # its name differs between versions
         shape = hidden_states.shape[:-1]
         q = self.q_proj(hidden_states).view(*shape, -1, self.query_dim).transpose(1, 2)
         k = self.k_proj(hidden_states).view(*shape, -1, self.query_dim).transpose(1, 2)
@@ -172,8 +173,8 @@ class NarrowAttention(LlamaAttention):
         groups = self.num_key_value_groups
         q = q * cos.repeat_interleave(groups, 1) + rotate_half(q) * sin.repeat_interleave(groups, 1)
         k = k * cos + rotate_half(k) * sin
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         causal = attention_mask is None and q.shape[2] > 1
         y = nn.functional.scaled_dot_product_attention(
