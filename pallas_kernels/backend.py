@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and the two habits that all of them share.
+"""Which implementation of an operation runs, and what all of them share.
 
 An operation's folder holds one module a backend, named like the backend. Each module has
 
@@ -12,6 +12,7 @@ import importlib
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 Implementation = Literal["reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"]
 
@@ -44,6 +45,14 @@ def choose(package: str, implementation: Implementation | None, *call: Any) -> A
     except ImportError:  # the operation, or this JAX, has no such backend
         pass
     return importlib.import_module(f"{package}.xla")
+
+
+def check_tokens(x: jax.Array, axes: str) -> None:
+    """Raises ValueError where tokens x are no matrix of a dtype that kernels take; axes: as in "[T, I]"."""
+    if x.ndim != 2:
+        raise ValueError(f"x: expected {axes}, got shape {x.shape}")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
 def vary_together(tree: Any) -> Any:

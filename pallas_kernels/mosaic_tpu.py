@@ -75,13 +75,13 @@ def gathered_ffn(
             @pl.when(step * per_step + j < count_ref[0])
             def _(mine: Any = mine) -> None:
                 *first, down_ref = mine[: len(matrices)]
-                product, *gate = [_dot(x_ref[...], ref[...], 1) for ref in reversed(first)]
+                product, *gate = [dot(x_ref[...], ref[...], 1, 1) for ref in reversed(first)]
                 hidden = product * mine[len(matrices)][...]
                 for g in gate:
                     hidden = hidden * activate(activation, g)
                 if cutoff is not None:
                     hidden = jnp.where(jnp.abs(hidden) >= mine[-1][...], hidden, 0.0)
-                out_ref[...] += _dot(hidden.astype(x.dtype), down_ref[...], 0)
+                out_ref[...] += dot(hidden.astype(x.dtype), down_ref[...])
 
     def spec(array: jax.Array, j: int) -> pl.BlockSpec:
         if array.ndim == 2:
@@ -105,8 +105,8 @@ def gathered_ffn(
     )(order, count[None], x, start, *each * per_step)
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """The product over a's last axis and b's `axis`; float32 operands are not rounded, whatever JAX's default, and
-    bfloat16 ones take no more than they have."""
+def dot(a: jax.Array, b: jax.Array, of_a: int = 1, of_b: int = 0) -> jax.Array:
+    """The product over an axis of each matrix, in a kernel; float32 operands are not rounded, whatever JAX's default,
+    and bfloat16 ones take no more than they have. Sums are float32."""
     precision = "highest" if a.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision, jnp.float32)
+    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision, jnp.float32)

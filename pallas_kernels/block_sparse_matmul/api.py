@@ -32,10 +32,7 @@ def block_sparse_matmul(
     Raises:
         ValueError: arguments that do not fit each other, or that the named backend does not take.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [T, I], got shape {x.shape}")
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    backend.check_tokens(x, "[T, I]")
     if weight.values.ndim != 3:
         raise ValueError(f"weight: expected one matrix, got values of shape {weight.values.shape}")
     if weight.shape[0] != x.shape[1]:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import like
 from pallas_kernels.block_sparse_matmul.packing import BlockSparse
+from pallas_kernels.mosaic_tpu import dot
 
 _TOKENS = 1024  # a tile of the result, and a step of a sum over tokens
 
@@ -59,7 +60,7 @@ def _walk(
 
         @pl.when(there[i] > 0)
         def _() -> None:
-            sums[...] += _dot(x_ref[...], w_ref[...], 1, contract)
+            sums[...] += dot(x_ref[...], w_ref[...], 1, contract)
 
         @pl.when((i == pl.num_programs(1) - 1) | (line[i] != line[jnp.minimum(i + 1, line.shape[0] - 1)]))
         def _() -> None:
@@ -114,7 +115,7 @@ def block_products(x: jax.Array, dy: jax.Array, weight: BlockSparse, interpret: 
             if total % tokens:  # what lies beyond the last token is anything
                 token = t * tokens + jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
                 a, b = (jnp.where(token < total, v, jnp.zeros((), v.dtype)) for v in (a, b))
-            sums[...] += _dot(a, b, 0, 0)
+            sums[...] += dot(a, b, 0, 0)
 
         @pl.when(t == steps - 1)
         def _() -> None:
@@ -143,10 +144,3 @@ def block_products(x: jax.Array, dy: jax.Array, weight: BlockSparse, interpret: 
 def _cost(x: jax.Array, weight: BlockSparse) -> pl.CostEstimate:
     flops = 2 * x.shape[0] * weight.values.size
     return pl.CostEstimate(flops=flops, bytes_accessed=x.nbytes + weight.values.nbytes, transcendentals=0)
-
-
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    precision = "highest" if a.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        a, b, (((of_a,), (of_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )

@@ -81,10 +81,7 @@ def nm_ffn(
 
 
 def _check(x: jax.Array, name: str, weight: PackedNM, inputs: int) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [B, I], got shape {x.shape}")
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    backend.check_tokens(x, "[B, I]")
     if weight.values.ndim != 3:
         raise ValueError(f"{name}: expected one matrix, got values of shape {weight.values.shape}")
     if weight.shape[0] != inputs:

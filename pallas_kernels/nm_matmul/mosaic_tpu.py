@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import like
 from pallas_kernels.ffn import Activation, activate
+from pallas_kernels.mosaic_tpu import dot
 from pallas_kernels.nm_matmul.packing import FIELDS, PackedNM
 
 _ROWS = {"output": 128, "input": 256}  # of values, a step: bytes of indices lie in tiles of 32 rows
@@ -91,7 +92,7 @@ def _output_kernel(bits: int, x_ref: Any, values_ref: Any, indices_ref: Any, y_r
         kept = [values_ref[slot, :, piece].astype(jnp.float32) for slot in range(slots)]
         index = [(word[:, :size] >> (bits * field)) & ((1 << bits) - 1) for word in words]
         for place in range(1 << bits):
-            y[place] += _dot(x, _at_place(kept, index, place).astype(x.dtype))
+            y[place] += dot(x, _at_place(kept, index, place).astype(x.dtype), 1, 1)
     for place, sums in enumerate(y):
         y_ref[place] = sums
 
@@ -110,7 +111,7 @@ def _input_kernel(bits: int, x_ref: Any, values_ref: Any, indices_ref: Any, y_re
             index.append((word >> (bits * field)) & ((1 << bits) - 1))
         y = jnp.zeros((y_ref.shape[1], size), jnp.float32)
         for place in range(1 << bits):
-            y += _dot(x_ref[place], _at_place(kept, index, place).astype(x_ref.dtype))
+            y += dot(x_ref[place], _at_place(kept, index, place).astype(x_ref.dtype), 1, 1)
         y_ref[0, :, pl.ds(first, size)] = y
 
 
@@ -125,11 +126,3 @@ def _at_place(kept: list[jax.Array], index: list[jax.Array], place: int) -> jax.
     for k, i in zip(kept, index, strict=True):
         tile = jnp.where(i == place, k, tile)
     return tile
-
-
-def _dot(x: jax.Array, tile: jax.Array) -> jax.Array:
-    """x [B, C] times tile [rows, C] transposed."""
-    precision = "highest" if x.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        x, tile, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )

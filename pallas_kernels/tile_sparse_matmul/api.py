@@ -39,10 +39,7 @@ def tile_sparse_matmul(
     Raises:
         ValueError: arguments that do not fit each other, or that the named backend does not take.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [T, I], got shape {x.shape}")
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    backend.check_tokens(x, "[T, I]")
     if weight.ndim != 2 or weight.shape[0] != x.shape[1]:
         raise ValueError(f"weight: expected [{x.shape[1]}, O], got shape {weight.shape}")
     if weight.dtype != x.dtype:

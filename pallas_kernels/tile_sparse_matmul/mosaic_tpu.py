@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import like
+from pallas_kernels.mosaic_tpu import dot
 from pallas_kernels.tile_sparse_matmul.api import Sparse
 from pallas_kernels.tile_sparse_matmul.masks import active
 
@@ -124,7 +125,7 @@ def _sums(
             if trans_a and tokens % k:  # what lies beyond the last token is anything
                 left_over = tokens - fetched(i, j, s, order)[2] * k
                 left, right = (_before(v, left_over) for v in (left, right))
-            sums[...] += _dot(left, right, 0 if trans_a else 1, 1 if trans_b else 0)
+            sums[...] += dot(left, right, 0 if trans_a else 1, 1 if trans_b else 0)
 
         @pl.when(s == steps - 1)
         def _() -> None:
@@ -155,10 +156,3 @@ def _width(size: int) -> int:
 def _before(values: jax.Array, end: Any) -> jax.Array:
     """Zero from row `end` on."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < end, values, jnp.zeros((), values.dtype))
-
-
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    precision = "highest" if a.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        a, b, (((of_a,), (of_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
