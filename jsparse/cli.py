@@ -57,9 +57,9 @@ class Export:
     out: Positional[str]  # model folder to write
     step: int | None = None  # a checkpoint kept; the newest by default
     format: Literal["auto", "llama", "sparsellama", "jsparse"] = "auto"  # auto: the plainest that holds the model
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights written
     packed: bool = False  # pack the MLP's matrices whose zeros make N:M
-    overwrite: bool = False
+    overwrite: bool = False  # replace an existing model folder
 
     def run(self) -> None:
         from jsparse import hf
@@ -81,8 +81,8 @@ class Import:
 
     source: Positional[str]  # .gguf file
     out: Positional[str]  # model folder to write
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    overwrite: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the weights written
+    overwrite: bool = False  # replace an existing model folder
 
     def run(self) -> None:
         from jsparse import hf
@@ -95,7 +95,7 @@ class Import:
 class Compute:
     """Where and in what precision a model runs."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along data, fsdp and tensor; -1: what is left
 
 
@@ -107,7 +107,7 @@ class Windows:
     stride: int | None = None  # tokens from one window to the next; by default a whole window
     bos: Literal["auto", "yes", "no"] = "auto"  # a BOS token before each window; auto: as the model's tokenizer does
     max_tokens: int | None = None  # of the text; by default all
-    batch_size: int = 8
+    batch_size: int = 8  # windows a forward pass
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ class Generate:
 
     model: Positional[str]  # model folder
     prompt: tuple[str, ...]  # one or more
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # the most that a prompt gets
     temperature: float = 0.0  # 0: the likeliest token always
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    top_k: int | None = None  # draw from the k likeliest tokens
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    min_p: float = 0.0  # draw from tokens at least this share as probable as the likeliest
+    seed: int = 0  # of the first prompt; the others take the numbers after it
     # how FFNs are computed: whole, by the best kernel that skips what is not used, or by a named one; auto: the faster
     implementation: Literal["auto", "dense", "sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"] = "auto"
     predictor: bool = False  # let the folder's predictor choose the neurons (`jsparse predict`): approximate
@@ -193,10 +193,10 @@ class Generate:
         with _model(self.model, self.compute, packed=True) as (config, params):
             if self.predictor:
                 params = pack(params, config, predictor.load(self.model, config))
-            stream = _Stream(tokenizer, self.prompt[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
+            stream = _Stream(tokenizer, prompts[0]) if len(prompts) == 1 and sys.stdout.isatty() else None
             found = generate(params, config, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling,
                              seed=self.seed, on_token=stream, implementation=self.implementation)  # fmt: skip
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found.tokens]
+        texts = [_continuation(tokenizer, *both) for both in zip(prompts, found.tokens, strict=True)]
         if stream:
             print()
         else:
@@ -254,7 +254,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Set a model's thresholds: a ReLU model's by one for all (FATReLU) or by neuron (CETT), LTE's routers' by layer.
+    """Set a model's thresholds: one for all neurons (FATReLU, CATS), by neuron (CETT), or of LTE's routers by layer.
 
     Prints a sweep, then solves for one goal and writes the model with its new thresholds.
     """
@@ -263,16 +263,17 @@ class Threshold:
     out: Positional[str]  # model folder to write
     data: str  # text to measure on
     calibration: str = ""  # text for the statistics of cett and lte; by default the data itself
-    criterion: Literal["fatrelu", "cett", "lte"] | None = None  # by default lte where there are routers, else fatrelu
+    # fatrelu or cett for ReLU, cats for SiLU, lte for routers; by default the first that fits the model
+    criterion: Literal["fatrelu", "cats", "cett", "lte"] | None = None
     target_sparsity: float | None = None  # goal: at least this mean sparsity, or share of blocks left out (lte)
     target_perplexity: float | None = None  # goal: at most this perplexity
     target_rise: float | None = None  # goal: at most this relative rise of the perplexity, 0.01 is one per cent
-    # thresholds (fatrelu), errors (cett) or shares of blocks to leave out (lte); by default a few, by criterion
+    # thresholds (fatrelu, cats), errors (cett) or shares of blocks to leave out (lte); by default a few, by criterion
     sweep: tuple[float, ...] | None = None
     split: str = "test"  # of a `datasets` name
     windows: Annotated[Windows, tyro.conf.arg(name="")] = Windows(max_tokens=65_536)
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
-    overwrite: bool = False
+    overwrite: bool = False  # replace an existing model folder
 
     def run(self) -> None:
         from jsparse import hf
@@ -280,14 +281,15 @@ class Threshold:
 
         goal = {"sparsity": self.target_sparsity, "perplexity": self.target_perplexity, "rise": self.target_rise}
         given = {name: value for name, value in goal.items() if value is not None}
-        check(len(given) == 1, "threshold", "one of --target-sparsity, --target-perplexity and --target-rise", given)
+        check(len(given) == 1, "threshold", "one of --target-sparsity, --target-perplexity and --target-rise",
+              given or "none")  # fmt: skip
         for name, value in given.items():
             limit, what = (1.0, "a share between 0 and 1") if name == "sparsity" else (math.inf, "a positive number")
             check(0 < value < limit, f"--target-{name}", what, value)
         check_target(Path(self.out), self.overwrite, self.model)
 
         with _model(self.model, self.compute) as (config, params):
-            criterion = self.criterion or ("lte" if config.router else "fatrelu")
+            criterion = self._criterion(config)
             params, config, points, point = self._solve(criterion, params, config, given)
             values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": criterion,
                       "goal": given, "setting": point.setting, "perplexity": point.perplexity,
@@ -299,13 +301,25 @@ class Threshold:
               f"sparsity {point.mean_sparsity:.4f}")  # fmt: skip
         print(Path(self.out) / "threshold.json", file=sys.stderr)
 
-    def _solve(self, criterion: str, params: Any, config: Any, given: dict[str, float]) -> tuple[Any, Any, Any, Any]:
-        """The model that meets the goal, params and config, with the points of the sweep and its own."""
-        from jsparse.methods import lte, prosparse
-
+    def _criterion(self, config: Any) -> str:
+        """The criterion asked for, or the model's own. Raises ConfigError where it does not fit the model."""
+        kind = config.activation.type
+        default = "lte" if config.router else "cats" if kind in ("silu", "cats") else "fatrelu"
+        criterion = self.criterion or default
         if criterion == "lte":
             mode = config.router.mode if config.router else "no router"
             check(mode == "hard", "--criterion lte", "a model with LTE's routers, mode 'hard'", mode)
+        else:
+            fitting = {"fatrelu": ("relu", "fatrelu", "shifted_relu"), "cats": ("silu", "cats"),
+                       "cett": ("relu", "fatrelu", "cett")}[criterion]  # fmt: skip
+            check(kind in fitting, f"--criterion {criterion}", f"a model of activation {' or '.join(fitting)}", kind)
+        return criterion
+
+    def _solve(self, criterion: str, params: Any, config: Any, given: dict[str, float]) -> tuple[Any, Any, Any, Any]:
+        """The model that meets the goal, params and config, with the points of the sweep and its own."""
+        from jsparse.config import with_threshold
+        from jsparse.methods import lte, prosparse
+
         evaluate = _evaluator(self, config)
 
         def measure(params: Any, config: Any = config, threshold: float | None = None) -> tuple[float, Any]:
@@ -317,11 +331,12 @@ class Threshold:
         what, settings = _SWEEPS[criterion]
         settings = settings if self.sweep is None else self.sweep
         print(f"sweep of {what} {settings}")
-        if criterion == "fatrelu":
+        if criterion in ("fatrelu", "cats"):
             points = prosparse.sweep(lambda t: measure(params, config, t), settings)
             print(f"solving for {given}")
             point = prosparse.solve(lambda t: measure(params, config, t), **given)
-            return params, prosparse.shift(config, point.setting), points, point
+            activation = with_threshold(config.activation, point.setting)
+            return params, dataclasses.replace(config, activation=activation), points, point
         text = self.calibration or self.data
         tokens = _tokens(text, self.split, self.model, config.vocab_size, 16_384)
         length = min(512, len(tokens))
@@ -341,6 +356,7 @@ class Threshold:
 _SHIFTS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _SWEEPS: dict[str, tuple[str, tuple[float, ...]]] = {  # by criterion: what a setting is, and those swept by default
     "fatrelu": ("thresholds", _SHIFTS),
+    "cats": ("thresholds", _SHIFTS),
     "cett": ("errors", _SHIFTS),
     "lte": ("shares of blocks left out", (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
 }
@@ -356,7 +372,7 @@ class Prune:
 
     model: Positional[str]  # model folder
     out: Positional[str]  # model folder to write
-    method: Literal["dass", "wanda", "sparsegpt", "magnitude", "ria"]
+    method: Literal["dass", "wanda", "sparsegpt", "magnitude", "ria"]  # how weights are chosen, see docs/pruning.md
     pattern: str  # N:M, N kept of each M consecutive weights, or the share to prune, such as 0.5
     calibration: str = ""  # text, JSONL, Parquet, token store or `datasets` name; magnitude needs none
     scope: Literal["mlp", "all"] = "mlp"  # all: attention's matrices too
@@ -368,12 +384,12 @@ class Prune:
     samples: int = 128  # windows of calibration text, drawn without repetition; all where the text has fewer
     seq_len: int = 2048  # tokens of a window
     seed: int = 0  # of the draw
-    batch_size: int = 8
+    batch_size: int = 8  # windows a forward pass
     split: str = "train"  # of a `datasets` name
     remainder: Literal["refuse", "skip"] = "refuse"  # a matrix that groups of M do not fill: refuse, or leave it dense
     packed: bool = False  # write the MLP's matrices without their zeros, see docs/pruning.md
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
-    overwrite: bool = False
+    overwrite: bool = False  # replace an existing model folder
 
     def run(self) -> None:
         import jax
@@ -497,7 +513,7 @@ class Search:
     samples: int = 128  # calibration windows, drawn from the text; fewer where it has no more
     windows: int = 16  # windows to search with, and as many held out for the last choice
     seq_len: int = 2048  # tokens of a window
-    seed: int = 0
+    seed: int = 0  # of the windows drawn and of the search
     batch_size: int = 8  # calibration windows a forward pass
     together: int = 1  # candidates a forward pass, where few short windows leave the device idle
     split: str = "train"  # of a `datasets` name
@@ -505,7 +521,7 @@ class Search:
     zero_filled: str | None = None  # also write the subnet in the model's own shapes, which any runtime loads
     decilm: str | None = None  # also write it as DeciLM, with whole heads and FFN widths that are multiples of 256
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
-    overwrite: bool = False
+    overwrite: bool = False  # replace existing model folders
 
     def run(self) -> None:
         from jsparse import hf
@@ -590,7 +606,7 @@ class Report:
 
     paths: Positional[tuple[str, ...]]  # run folders, result files or folders of them
     out: str  # folder to write
-    overwrite: bool = False
+    overwrite: bool = False  # replace an earlier report
 
     def run(self) -> None:
         from jsparse.report import report
@@ -605,9 +621,9 @@ class BenchTrain:
 
     shape: str = "smollm2-135m"  # a named model shape, see jsparse.bench.shapes
     batch_size: int = 32  # sequences a step
-    seq_len: int = 2048
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full", "dots", "attention"] = "none"
+    seq_len: int = 2048  # tokens of a sequence
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
+    remat: Literal["none", "full", "dots", "attention"] = "none"  # what is computed again, as in a recipe
     unroll: int | None = None  # layers a step of the scan runs; by default all
     steps: int = 20  # timed
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
@@ -635,9 +651,10 @@ class BenchFfn:
     # kernels; sparse: the best
     implementation: tuple[Literal["sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"], ...] = ("sparse",)
     batch: tuple[int, ...] = (1, 2, 4, 8, 16)  # rows
+    # shares of the blocks or neurons that no row uses
     sparsity: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
     rank: int = 1024  # of the predictors, which are of int8
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and computation
     seconds: float = 300.0  # what does not fit is left out
     probe_bytes: int = 2**30  # of the arrays that measure the bandwidth
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
@@ -680,14 +697,13 @@ class BenchDecode:
 
     shape: str = "llama2-7b"  # a named model shape, see jsparse.bench.shapes
     variant: tuple[str, ...] = ()  # see jsparse.bench.decode.VARIANTS; by default all
-    implementation: Literal["sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"] = (
-        "sparse"  # kernel; sparse: the best
-    )
+    # kernel of sparse FFNs; sparse: the best
+    implementation: Literal["sparse", "xla", "triton", "mosaic_gpu", "mosaic_tpu"] = "sparse"
     batch: tuple[int, ...] = (1,)  # rows
     context: int = 512  # tokens in the cache at the first step
     steps: int = 64  # timed
     rank: int = 1024  # of the predictors, which are of int8
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and computation
     seconds: float = 300.0  # what does not fit is left out
     probe_bytes: int = 2**30  # of the arrays that measure the bandwidth
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
@@ -779,17 +795,17 @@ class Predict:
     held_out: int = 16  # windows of the text to measure on, its last ones
     split: str = "train"  # of a `datasets` name
     rank: tuple[int, ...] = ()  # to choose from, layer by layer; by default 1/32, 1/16, 1/8 and 1/4 of the width
-    steps: int = 1000
+    steps: int = 1000  # of training
     seq_len: int = 512  # tokens of a window
     batch_size: int = 2  # windows a step
-    lr: float = 1e-3
+    lr: float = 1e-3  # learning rate
     negatives: float = 0.005  # larger: fewer neurons are predicted, with a lower recall
     recall: tuple[float, ...] = (0.999, 0.99, 0.95, 0.9)  # of every layer
     rise: float = 0.02  # of the perplexity, that is acceptable
     powerinfer: str | None = None  # a new folder, for PowerInfer's converter
-    seed: int = 0
+    seed: int = 0  # of the start and of the windows drawn
     compute: Annotated[Compute, tyro.conf.arg(name="")] = Compute()
-    overwrite: bool = False
+    overwrite: bool = False  # replace the folder's predictors
 
     def run(self) -> None:
         import numpy as np
@@ -1020,17 +1036,23 @@ def _generations() -> Callable[[Any], None]:
     return show
 
 
+def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text of new tokens behind a prompt: SentencePiece would drop the space that they alone begin with."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
+    return whole[len(before) :]
+
+
 class _Stream:
     """Prints text as its tokens come; a token may be half a character, so what is printed is the text's growth."""
 
-    def __init__(self, tokenizer: Any, prompt: str):
-        self.tokenizer, self.shown = tokenizer, ""
+    def __init__(self, tokenizer: Any, prompt: list[int]):
+        self.tokenizer, self.prompt, self.shown = tokenizer, prompt, ""
         self.ids: list[int] = []
-        print(prompt, end="", flush=True)
+        print(tokenizer.decode(prompt, skip_special_tokens=True), end="", flush=True)
 
     def __call__(self, row: int, token: int) -> None:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = _continuation(self.tokenizer, self.prompt, self.ids)
         if not text.endswith("�"):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text

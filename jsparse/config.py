@@ -183,15 +183,15 @@ class Router:
     logistic function of the router's, in the modes soft and hard; in the others, but off, the share of blocks to drop.
     """
 
-    block_size: int = 32
-    mode: Literal["hard", "soft", "top", "oracle", "softmax", "noisy_softmax", "off"] = "hard"
-    # hard: blocks whose score is above the threshold, unscaled (LTE, inference and stage 2)
-    # soft: all blocks, times their scores (LTE, stage 1)
-    # top: the blocks of the largest scores, unscaled (MoEfication's predictor; of single neurons, Deja Vu's)
-    # oracle: the blocks of the largest activations, known in hindsight (of single neurons: keep the largest)
-    # softmax: the blocks of the largest scores, times a softmax over these and their number (top-k routing)
-    # noisy_softmax: the same with noise on the scores, for training
+    block_size: int = 32  # neurons
+    # hard: blocks whose score is above the threshold, unscaled (LTE, inference and stage 2);
+    # soft: all blocks, times their scores (LTE, stage 1);
+    # top: the blocks of the largest scores, unscaled (MoEfication's predictor; of single neurons, Deja Vu's);
+    # oracle: the blocks of the largest activations, known in hindsight (of single neurons: keep the largest);
+    # softmax: the blocks of the largest scores, times a softmax over these and their number (top-k routing);
+    # noisy_softmax: the same with noise on the scores, for training;
     # off: all blocks, as if there were no router; for training a predictor
+    mode: Literal["hard", "soft", "top", "oracle", "softmax", "noisy_softmax", "off"] = "hard"
 
     def __post_init__(self) -> None:
         _check_positive(self, "block_size")
@@ -330,16 +330,16 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: tuple[Source, ...] = ()
+    train: tuple[Source, ...] = ()  # a mixture
     eval: tuple[Source, ...] = ()  # held out: perplexity and sparsity during the run
-    seq_len: int = 2048
+    seq_len: int = 2048  # tokens of a sequence
     batch_size: int = 64  # sequences a step, over all devices and accumulation steps
-    documents: Literal["windows", "packed"] = "windows"
-    # windows: documents joined by the end token, cut into equal windows, attention runs across documents
+    # windows: documents joined by the end token, cut into equal windows, attention runs across documents;
     # packed: whole documents packed into windows, no attention across documents, positions restart
+    documents: Literal["windows", "packed"] = "windows"
     tokenizer: str | None = None  # a folder; by default the model's
     cache: str = "~/.cache/jsparse"  # token stores, keyed by content and tokenizer
-    seed: int = 0
+    seed: int = 0  # of the windows' order
     prefetch: int = 2  # batches made ahead on a thread
 
     def __post_init__(self) -> None:
@@ -351,14 +351,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ConstantLr:
+    """The peak, after the warm-up."""
+
     type: ClassVar[str] = "constant"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of linear rise from 0
 
 
 @dataclass(frozen=True)
 class CosineLr:
+    """From the peak along a half-cosine to the last step."""
+
     type: ClassVar[str] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of linear rise from 0
     final: float = 0.1  # share of the peak at the last step
 
 
@@ -367,9 +371,9 @@ class WsdLr:
     """Warm-up, stable, decay: linear down to `final` over the last `decay_steps`."""
 
     type: ClassVar[str] = "wsd"
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    final: float = 0.0
+    warmup_steps: int = 0  # of linear rise from 0
+    decay_steps: int = 0  # the last ones of the run
+    final: float = 0.0  # share of the peak at the last step
 
 
 LrSchedule = ConstantLr | CosineLr | WsdLr
@@ -379,13 +383,13 @@ LrSchedule = ConstantLr | CosineLr | WsdLr
 class OptimizerConfig:
     """AdamW with float32 moments. Norm scales, biases and thresholds are never decayed."""
 
-    lr: float = 3e-5
+    lr: float = 3e-5  # at the peak
     schedule: LrSchedule = CosineLr()
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0  # global norm
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # and of the second
+    eps: float = 1e-8  # beside the root of the second moment
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    clip: float = 1.0  # largest global norm of the gradient
     max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run ends
 
     def __post_init__(self) -> None:
@@ -417,7 +421,7 @@ class Fixed:
 
     type: ClassVar[str] = "fixed"
     value: float
-    start: int = 0
+    start: int = 0  # last step without a penalty
 
 
 @dataclass(frozen=True)
@@ -431,8 +435,8 @@ class Target:
 
     type: ClassVar[str] = "target"
     sparsity: float  # share of zeros in x1, 0 to 1
-    start: int = 0
-    reach: int = 1000
+    start: int = 0  # last step without a penalty
+    reach: int = 1000  # step at which the sparsity is wanted whole
     initial: float = 5e-3  # the weight at `start`; rather too small than too large
     gain: float = 20.0  # relative change of the weight for a relative change of the active share
     settle: float = 100.0  # steps in which the integral part does as much as the proportional part
@@ -453,10 +457,10 @@ class MeanL1:
     """The recommended normaliser: the paper leaves it open (docs/prosparse.md says why this one)."""
 
     type: ClassVar[str] = "mean"
-    ff: Literal["mean", "sum"] = "mean"
-    layers: Literal["mean", "sum"] = "sum"
+    ff: Literal["mean", "sum"] = "mean"  # over a layer's neurons
+    layers: Literal["mean", "sum"] = "sum"  # over layers
     mask: Literal["all", "loss"] = "all"  # which tokens count: all real ones, or those that take loss
-    scale: float = 1.0
+    scale: float = 1.0  # factor on all of it
 
 
 @dataclass(frozen=True)
@@ -503,7 +507,7 @@ class LteStage1:
     # open, all scores near 1; zeros, all 0.5; normal, random
     init: Literal["predictor", "open", "zeros", "normal"] = "predictor"
     router_lr: float = 1e-2  # the routers' own peak; the schedule's shape is the optimizer's
-    router_weight_decay: float = 0.0
+    router_weight_decay: float = 0.0  # of the routers, likewise
 
     def __post_init__(self) -> None:
         if isinstance(self.target_sparsity, int | float):  # else none, or traced
@@ -536,10 +540,10 @@ class NoisyTopK:
 
     type: ClassVar[str] = "noisy_top_k"
     sparsity: float  # share of blocks to leave out, in every layer
-    block_size: int = 32
-    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"
-    router_lr: float = 1e-2
-    router_weight_decay: float = 0.0
+    block_size: int = 32  # neurons
+    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"  # of neurons into blocks, before the first step
+    router_lr: float = 1e-2  # the routers' own peak; the schedule's shape is the optimizer's
+    router_weight_decay: float = 0.0  # of the routers, likewise
 
     def __post_init__(self) -> None:
         check(0 < self.sparsity < 1, "sparsity", "a share between 0 and 1", self.sparsity)
@@ -556,10 +560,10 @@ class Predictor:
     type: ClassVar[str] = "predictor"
     sparsity: float  # share of blocks to leave out, in every layer
     select: Literal["router", "oracle"] = "router"  # oracle: by the activations themselves, nothing is learned
-    block_size: int = 32
-    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"
-    router_lr: float = 1e-2
-    router_weight_decay: float = 0.0
+    block_size: int = 32  # neurons
+    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"  # of neurons into blocks, before the first step
+    router_lr: float = 1e-2  # the routers' own peak; the schedule's shape is the optimizer's
+    router_weight_decay: float = 0.0  # of the routers, likewise
 
     def __post_init__(self) -> None:
         check(0 < self.sparsity < 1, "sparsity", "a share between 0 and 1", self.sparsity)
@@ -574,8 +578,8 @@ class Distill:
     """Adds weight * KL(teacher || student) at a temperature to the loss."""
 
     teacher: str  # a model folder with the same vocabulary
-    weight: float = 1.0
-    temperature: float = 1.0
+    weight: float = 1.0  # beside the loss of the text
+    temperature: float = 1.0  # divides the logits of both
 
     def __post_init__(self) -> None:
         _check_positive(self, "weight", "temperature")
@@ -593,9 +597,9 @@ class Hold:
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # splits the batch
+    fsdp: int = 1  # splits the batch and the parameters
+    tensor: int = 1  # splits heads, neurons and vocabulary
     max_replicated: float = 0.02  # share of the parameter bytes that may miss the fsdp and tensor axes
 
 
@@ -612,9 +616,9 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 500
-    eval_tokens: int = 131_072
-    tensorboard: bool = True
+    eval_every: int = 500  # steps between evaluations of `data.eval`; the start and the end are evaluated too
+    eval_tokens: int = 131_072  # of each source
+    tensorboard: bool = True  # write the numbers for TensorBoard too, where tensorboardX is installed
     profile: tuple[int, int] | None = None  # first step and number of steps to trace
 
     def __post_init__(self) -> None:
@@ -628,7 +632,7 @@ class TrainConfig:
     run: str  # run folder: checkpoints, metrics, resolved config
     model: ModelSource
     data: DataConfig
-    steps: int = 1000
+    steps: int = 1000  # of the optimizer
     method: Method = Dense()
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: Distill | None = None
@@ -638,12 +642,13 @@ class TrainConfig:
     log: LogConfig = LogConfig()
     accumulate: int = 1  # micro-batches a step
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; masters and moments are float32
+    # what the backward pass computes again: nothing, all of a block, all but matrix products, or all but attention
     remat: Literal["none", "full", "dots", "attention"] = "none"
     unroll: int = 1  # layers a step of the scan runs; all of them is fastest on a GPU and compiles longest
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel; auto: cuDNN in half precision on GPUs, else XLA
     loss_chunk: int = 4096  # tokens whose logits exist at once on a device
-    compile_cache: str | None = "~/.cache/jsparse/xla"
-    seed: int = 0
+    compile_cache: str | None = "~/.cache/jsparse/xla"  # folder of compiled programs; null: none
+    seed: int = 0  # of fresh weights, routers and groupings; `data.seed` is the data's
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "accumulate", "unroll", "loss_chunk")
@@ -800,29 +805,58 @@ def dump(config: Any) -> str:
 
 
 def describe(cls: Any, prefix: str = "") -> str:
-    """Every setting below a config class, one a line: dotted name, kind, default and the comment beside it."""
+    """Every setting below a config class, one a line: dotted name, kind or choices, default and what it means."""
     lines = []
     for f in dataclasses.fields(cls):
         kind, name = _hints(cls)[f.name], prefix + f.name
-        default = "" if f.default is dataclasses.MISSING else f" = {_short(to_dict(f.default))}"
         nested = [k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)]
         tagged = [k for k in nested if hasattr(k, "type")]
-        comment = _comments(cls).get(f.name, "")
-        shown = "" if nested else f" ({str(getattr(kind, '__name__', kind)).replace('typing.', '')})"
+        value = None if f.default is dataclasses.MISSING else to_dict(f.default)
+        plain = f.default is not dataclasses.MISSING and (tagged or not isinstance(value, dict))
+        default = f" = {_short(value)}" if plain else ""
+        comment = _comments(cls).get(f.name) or (_meaning(nested[0]) if nested and not tagged else "")
+        shown = "" if nested else f" ({_kind_name(kind)})"
         lines.append(f"{name}{shown}{default}{'  # ' if comment else ''}{comment}".rstrip())
         for k in nested:
             if k in tagged:
-                lines.append(f"  {name}.type={typing.cast(Any, k).type}")
+                meaning = _meaning(k)
+                lines.append(f"  {name}.type={typing.cast(Any, k).type}{'  # ' if meaning else ''}{meaning}")
             indent = "    " if k in tagged else "  "
             lines += [indent + line for line in describe(k, f"{name}.").splitlines()]
     return "\n".join(lines)
 
 
+def _meaning(cls: Any) -> str:
+    """The first paragraph of a class's docstring; of one that `dataclass` made up, nothing."""
+    text = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    return "" if text.startswith(f"{cls.__name__}(") else text
+
+
+def _kind_name(kind: Any) -> str:
+    """A kind in words: the choices of a Literal, the names of everything else."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(map(str, args))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " | ".join(map(_kind_name, args))
+    if typing.get_origin(kind) is tuple:
+        count = "" if args[-1] is Ellipsis else f"{len(args)} "
+        return f"list of {count}{_kind_name(args[0])}"
+    return {"str": "text", "NoneType": "null"}.get(kind.__name__, kind.__name__)
+
+
 def _short(value: Any) -> str:
-    return value["type"] if isinstance(value, dict) and "type" in value else str(value)
+    return value["type"] if isinstance(value, dict) and "type" in value else "null" if value is None else str(value)
 
 
 @functools.cache
 def _comments(cls: Any) -> dict[str, str]:
-    found = (re.match(r"    (\w+): [^#]*#\s*(.*)", line) for line in inspect.getsource(cls).splitlines())
-    return {m[1]: m[2] for m in found if m}
+    """What the comments beside the fields and in the lines above them say."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(cls).splitlines():
+        field = re.match(r"    (\w+): [^#]*(?:# *(.*))?$", line)
+        if field:
+            found[field[1]] = " ".join([*above, *filter(None, [field[2]])])
+        above = [*above, line.strip(" #")] if line.startswith("    #") else []
+    return found

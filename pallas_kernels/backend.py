@@ -9,7 +9,7 @@ and is imported when it is first chosen, so that a JAX without one of Pallas's b
 """
 
 import importlib
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,9 @@ def choose(package: str, implementation: Implementation | None, *call: Any) -> A
         ImportError: this JAX lacks the named backend.
     """
     if implementation is not None:
-        if implementation not in ("reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu"):
-            raise ValueError(f"implementation: no backend is named {implementation!r}")
+        if implementation not in get_args(Implementation):
+            raise ValueError(f"implementation: expected one of {', '.join(get_args(Implementation))}, "
+                             f"got {implementation!r}")  # fmt: skip
         module = importlib.import_module(f"{package}.{implementation}")
         reason = module.unsupported(*call)
         if reason is not None:

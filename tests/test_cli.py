@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from jsparse import config, hf, model
-from jsparse.cli import COMMANDS, run
-from jsparse.config import FatRelu, Relu, Router
+from jsparse.cli import COMMANDS, Bench, BenchDecode, BenchFfn, BenchTrain, _continuation, run
+from jsparse.config import Cats, FatRelu, Relu, Router, Silu
+from jsparse.hf import gguf_tokenizer
 from jsparse.methods import lte
 from tests.helpers import random_params, save_byte_tokenizer, tiny_config
 
@@ -85,6 +89,14 @@ def test_generate(home, capsys):
     assert "It was" + texts[0]["text"] in capsys.readouterr().out
 
 
+def test_generated_text_keeps_the_space_that_sentencepiece_begins_words_with():
+    backend = gguf_tokenizer._sentencepiece(["<unk>", "▁", "▁a", "a"], [0.0, -1.0, -2.0, -3.0], 0, True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    prompt = tokenizer("a").input_ids
+    assert prompt == [2] and tokenizer.decode([2]) == "a"
+    assert _continuation(tokenizer, prompt, [2, 3]) == " aa"
+
+
 def test_predict_then_generate(home, capsys):
     shared = ["--data", "text.txt", "--seq-len", "32", "--held-out", "2", "--rank", "8", "--steps", "3"]
     shutil.copytree(home / "model", home / "relu")
@@ -115,6 +127,23 @@ def test_threshold_by_either_criterion(home):
     for name in ("fat", "cett"):
         values = json.loads((home / name / "threshold.json").read_text())
         assert np.mean(values["sparsity"]) >= 0.8 and len(values["points"]) == 2
+
+
+def test_threshold_of_a_model_that_makes_no_zeros(home, capsys):
+    shape = tiny_config(vocab_size=258, eos_token_id=256, bos_token_id=None)
+    hf.save(home / "silu", shape, random_params(shape), tokenizer=home / "tokenizer")
+    shared = ["--data", "text.txt", "--max-tokens", "257", "--seq-len", "32"]
+    shared += ["--target-sparsity", "0.5", "--sweep", "0"]
+    assert run(["threshold", "silu", "cats", *shared]) == 0
+    found, _ = hf.load(home / "cats")
+    assert isinstance(found.activation, Cats) and found.activation.threshold > 0
+    values = json.loads((home / "cats" / "threshold.json").read_text())
+    assert values["criterion"] == "cats" and np.mean(values["sparsity"]) >= 0.5
+    for name, activation in (("fatrelu", Silu()), ("cett", Silu()), ("cats", Relu())):
+        model = "silu" if activation == Silu() else "model"
+        code, error = answer(capsys, "threshold", model, "left", *shared, "--criterion", name)
+        assert (code, error.count("\n")) == (2, 1) and f"--criterion {name}: expected a model of activation" in error
+        assert f"got {activation.type!r}" in error and not (home / "left").exists()
 
 
 def test_threshold_of_routers(home, capsys):
@@ -325,15 +354,30 @@ def test_every_recipe_parses_and_round_trips():
         assert config.from_dict(config.TrainConfig, config.to_dict(recipe)) == recipe
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_every_field(command, capsys):
+def options(command: type) -> Iterator[str]:
+    """The flags of a command, those of its groups included."""
+    for field in dataclasses.fields(command):
+        if dataclasses.is_dataclass(field.default):
+            yield from options(type(field.default))
+        elif "Positional" not in str(field.type):
+            yield "--" + field.name.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [(name, kind) for name, kind in COMMANDS.items() if kind is not Bench]
+    + [("bench train", BenchTrain), ("bench ffn", BenchFfn), ("bench decode", BenchDecode)],
+)
+def test_help_tells_what_every_option_means(words, command, capsys):
     with pytest.raises(SystemExit) as stop:
-        run([command, "--help"])
+        run([*words.split(), "--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert command in shown
-    if command == "train":
-        assert "optimizer.weight_decay (float) = 0.1" in shown and "# global norm" in shown
+    shown = " ".join(re.sub("[╭╮╰╯│─]+", " ", line).strip() for line in capsys.readouterr().out.splitlines())
+    assert [flag for flag in options(command) if f" {flag}" not in shown] == []
+    kind = r"(?: \{[^}]*\}(?:\|\S+)?| [A-Z.\[\]]+)*"  # what an option takes
+    assert re.findall(rf"--[\w-]+(?:, --no-[\w-]+)?{kind} +\((?:default|required)", shown) == []  # and no word of it
+    if words == "train":
+        assert "optimizer.weight_decay (float) = 0.1" in shown and "# largest global norm" in shown
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,21 @@ def test_every_default_is_written():
     assert written["method"]["penalty"] == {"type": "mean", "ff": "mean", "layers": "sum", "mask": "all", "scale": 1.0}
     assert written["distill"] is None and written["data"]["train"][0]["weight"] == 1.0
     lines = describe(TrainConfig).splitlines()
-    assert "  optimizer.lr (float) = 3e-05" in lines
-    assert "run (str)  # run folder: checkpoints, metrics, resolved config" in lines
+    assert "  optimizer.lr (float) = 3e-05  # at the peak" in lines
+    assert "run (text)  # run folder: checkpoints, metrics, resolved config" in lines
+    assert "optimizer  # AdamW with float32 moments. Norm scales, biases and thresholds are never decayed." in lines
+
+
+def test_help_tells_the_choices_and_the_meaning_of_every_setting_of_a_recipe():
+    lines = {line.split(" ")[0]: line for line in map(str.strip, describe(TrainConfig).splitlines())}
+    told_above_the_field = "(windows | packed) = windows  # windows: documents joined by the end token"
+    assert told_above_the_field in lines["data.documents"]
+    assert "(list of 2 int | null) = null" in lines["log.profile"]
+    assert lines["method.weight.type=fixed"].endswith("# The baseline: a constant weight after `start` steps.")
+    silent = [name for name, line in lines.items() if "# " not in line and "(" in line]
+    given = ("model.config.", "model.activation.")  # Hugging Face's own names, and numbers that their type explains
+    told_by_type = ["method.weight.peaks", "method.weight.steps", "method.weight.value", "method.penalty.scale"]
+    assert [name for name in silent if not name.startswith(given)] == told_by_type
 
 
 def test_yaml_of_every_spelling():

@@ -298,7 +298,7 @@ def test_no_races_on_a_tpu(op: str, capfd: pytest.CaptureFixture[str]) -> None:
         ({"x": jnp.ones((1, 32))}, r"weights.gate: expected shape \(48, 32\)"),
         ({"x": jnp.ones((1, 64), jnp.bfloat16)}, "weights.gate: expected the dtype of x, bfloat16, got float32"),
         ({"residual": jnp.ones((1, 64), jnp.bfloat16)}, "residual: expected float32"),
-        ({"implementation": "cuda"}, "no backend is named 'cuda'"),
+        ({"implementation": "cuda"}, "expected one of reference, xla, triton, mosaic_gpu, mosaic_tpu, got 'cuda'"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

@@ -294,7 +294,7 @@ def check_target(path: Path, overwrite: bool, source: str | Path | None = None) 
         if source is not None and path.samefile(source):
             raise ConfigError(f"{path}: is the model that is read; choose another name for the one to write")
         if not overwrite:
-            raise ConfigError(f"{path}: exists already; choose another name, or overwrite it (overwrite=True)")
+            raise ConfigError(f"{path}: exists already; choose another name, or overwrite it (--overwrite)")
         if not (path / "config.json").exists() and (path.is_file() or any(path.iterdir())):
             raise ConfigError(f"{path}: exists and is not a model folder; it will not be overwritten")
 

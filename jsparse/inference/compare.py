@@ -98,7 +98,10 @@ def compare_torch(
             str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         ).eval()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            reason = "it brings Python files; trust_remote_code=True (--trust-remote-code) lets transformers run them"
+        raise ValueError(f"{folder}: transformers cannot load it: {reason}") from None
     check(model.config.vocab_size == config.vocab_size, "vocab_size", f"that of {folder} ({model.config.vocab_size})",
           config.vocab_size)  # fmt: skip
     windows = Windows(tokens, config, seq_len, stride, bos)

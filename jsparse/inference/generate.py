@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,8 @@ def generate(
     seeds = range(seed, seed + len(rows)) if isinstance(seed, int) else seed
     check(len(seeds) == len(rows), "seed", f"one number, or one of each of the {len(rows)} prompts", seed)
     stops = list(config.eos_token_ids if stop_ids is None else stop_ids)
+    known = "auto", *get_args(Implementation)
+    check(implementation in known, "implementation", f"one of {', '.join(known)}", implementation)
 
     length = bucket(longest)
     batch = round_up(len(rows), batch_shards())  # rows that fill it up are stopped from the start

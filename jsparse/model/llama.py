@@ -140,8 +140,8 @@ def unstack(params: Params) -> Params:
     layers = params["layers"]
     if isinstance(layers, list | tuple):
         return params
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]}
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return params | {"layers": [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(depth)]}
 
 
 def stack(params: Params) -> Params:
@@ -187,6 +187,9 @@ def forward(
         remat: what the backward pass keeps of a block: all ("none"), only its input ("full"), matmul results
             ("dots") or attention's result ("attention").
         attend: attention kernel; "auto" is cuDNN in half precision on GPUs, XLA otherwise.
+
+    Raises:
+        ConfigError: tokens of another shape, or segments, positions or more tokens than a cache takes.
     """
     x, aux, cache = trunk(params, tokens, config, positions=positions, segments=segments, cache=cache, probe=probe,
                           remat=remat, attend=attend)  # fmt: skip
@@ -207,6 +210,7 @@ def trunk(
     unroll: int = 1,
 ) -> tuple[jax.Array, Any, Cache | None]:
     """`forward` up to the final norm: hidden states [B, T, D], aux, cache. The loss goes on from here in chunks."""
+    check(tokens.ndim == 2, "tokens", "ids [B, T]", f"shape {tokens.shape}")
     embed = constrain(params["embed"], "vocab", None)  # gathered over fsdp, else XLA gathers the batch of activations
     x = constrain(embed[tokens], "batch", "sequence", None)
     if cache is None:
