@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,8 @@ from tyro.conf import Positional
 from jsparse.config import ConfigError, MeshConfig, Source, check
 
 CACHE = "~/.cache/jsparse"
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+Out = Annotated[Positional[str], tyro.conf.arg(metavar="OUT")]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Train:
     Settings are those of `jsparse.config.TrainConfig`; `jsparse train --help` lists them.
     """
 
-    recipe: Positional[str]  # a YAML file, see configs/
-    overrides: Positional[tuple[str, ...]] = ()  # field.sub=value, over the recipe's own
+    recipe: Annotated[Positional[str], tyro.conf.arg(metavar="RECIPE")]  # a YAML file, see configs/
+    # field.sub=value, over the recipe's own
+    overrides: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[FIELD=VALUE ...]")] = ()
 
     def run(self) -> None:
         import jax
@@ -53,8 +55,8 @@ class Train:
 class Export:
     """Write a run's model as a Hugging Face folder."""
 
-    source: Positional[str]  # run folder
-    out: Positional[str]  # model folder to write
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]  # run folder
+    out: Out  # model folder to write
     step: int | None = None  # a checkpoint kept; the newest by default
     format: Literal["auto", "llama", "sparsellama", "jsparse"] = "auto"  # auto: the plainest that holds the model
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights written
@@ -79,8 +81,8 @@ class Export:
 class Import:
     """Read a GGUF file and write a model folder."""
 
-    source: Positional[str]  # .gguf file
-    out: Positional[str]  # model folder to write
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="FILE")]  # .gguf file
+    out: Out  # model folder to write
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the weights written
     overwrite: bool = False  # replace an existing model folder
 
@@ -122,7 +124,7 @@ class Result:
 class Eval:
     """Perplexity, token count, activation sparsity by layer, and the pattern that the weights' zeros make."""
 
-    model: Positional[str]  # model folder
+    model: Model  # model folder
     data: str  # text, JSONL, Parquet, token store or `datasets` name
     split: str = "test"  # of a `datasets` name
     # N:M or a share to prune: exit with 1 where a matrix breaks it, and name the first group that does
@@ -166,7 +168,7 @@ class Eval:
 class Generate:
     """Continue prompts."""
 
-    model: Positional[str]  # model folder
+    model: Model  # model folder
     prompt: tuple[str, ...]  # one or more
     max_new_tokens: int = 64  # the most that a prompt gets
     temperature: float = 0.0  # 0: the likeliest token always
@@ -184,6 +186,7 @@ class Generate:
         from jsparse.inference import Sampling, generate, pack
         from jsparse.methods import predictor
 
+        check(len(self.prompt) > 0, "--prompt", "a text or more", "none")
         out = _result_path(self.result, "generate", self.model)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         tokenizer = _tokenizer(self.model)
@@ -217,9 +220,10 @@ class Generate:
 class Compare:
     """Prove a conversion: how far the predictions of two models are apart."""
 
-    a: Positional[str]  # model folder, the reference
-    b: Positional[str] = ""  # model folder; left out: a itself, against PyTorch
-    data: str = ""  # text, JSONL, Parquet, token store or `datasets` name
+    a: Annotated[Positional[str], tyro.conf.arg(metavar="A")]  # model folder, the reference
+    # model folder; left out: a itself, against PyTorch
+    b: Annotated[Positional[str], tyro.conf.arg(metavar="[B]")] = ""
+    data: str = dataclasses.field(kw_only=True)  # text, JSONL, Parquet, token store or `datasets` name
     split: str = "test"  # of a `datasets` name
     torch: bool = False  # run the reference in PyTorch
     trust_remote_code: bool = False  # with --torch: let transformers execute the reference folder's Python files
@@ -231,7 +235,6 @@ class Compare:
     def run(self) -> None:
         from jsparse.inference import compare, compare_torch
 
-        check(bool(self.data), "--data", "a text", self.data)
         check(bool(self.b) or self.torch, "compare", "two model folders, or one and --torch", self.a)
         b, w = self.b or self.a, self.windows
         out = _result_path(self.result, "compare", self.a, b)
@@ -259,8 +262,8 @@ class Threshold:
     Prints a sweep, then solves for one goal and writes the model with its new thresholds.
     """
 
-    model: Positional[str]  # model folder
-    out: Positional[str]  # model folder to write
+    model: Model  # model folder
+    out: Out  # model folder to write
     data: str  # text to measure on
     calibration: str = ""  # text for the statistics of cett and lte; by default the data itself
     # fatrelu or cett for ReLU, cats for SiLU, lte for routers; by default the first that fits the model
@@ -330,10 +333,11 @@ class Threshold:
 
         what, settings = _SWEEPS[criterion]
         settings = settings if self.sweep is None else self.sweep
-        print(f"sweep of {what} {settings}")
+        print(f"sweep of {what} {', '.join(map(str, settings))}")
+        aim = ", ".join(f"{name} {value:g}" for name, value in given.items())
         if criterion in ("fatrelu", "cats"):
             points = prosparse.sweep(lambda t: measure(params, config, t), settings)
-            print(f"solving for {given}")
+            print(f"solving for {aim}")
             point = prosparse.solve(lambda t: measure(params, config, t), **given)
             activation = with_threshold(config.activation, point.setting)
             return params, dataclasses.replace(config, activation=activation), points, point
@@ -343,12 +347,12 @@ class Threshold:
         batches = tokens[: len(tokens) // length * length].reshape(-1, 1, length).astype("int32")
         if criterion == "lte":
             points = prosparse.sweep(lambda s: measure(lte.leave_out(params, config, batches, s)), settings)
-            print(f"solving for {given}")
+            print(f"solving for {aim}")
             params, point = lte.solve_thresholds(measure, params, config, batches, **given)
             return params, config, points, point
         curve = prosparse.cett_curve(params, config, batches)
         points = prosparse.sweep(lambda e: measure(*prosparse.apply_cett(params, config, curve.tau_at(e))), settings)
-        print(f"solving for {given}")
+        print(f"solving for {aim}")
         params, config, point = prosparse.solve_cett(measure, params, config, curve, **given)
         return params, config, points, point
 
@@ -370,8 +374,8 @@ class Prune:
     was pruned.
     """
 
-    model: Positional[str]  # model folder
-    out: Positional[str]  # model folder to write
+    model: Model  # model folder
+    out: Out  # model folder to write
     method: Literal["dass", "wanda", "sparsegpt", "magnitude", "ria"]  # how weights are chosen, see docs/pruning.md
     pattern: str  # N:M, N kept of each M consecutive weights, or the share to prune, such as 0.5
     calibration: str = ""  # text, JSONL, Parquet, token store or `datasets` name; magnitude needs none
@@ -482,8 +486,8 @@ class Search:
     search that is stopped goes on when the same command is run again.
     """
 
-    model: Positional[str]  # model folder
-    out: Positional[str]  # model folder to write
+    model: Model  # model folder
+    out: Out  # model folder to write
     keep: float  # share of the parameters to keep
     calibration: str  # text, JSONL, Parquet, token store or `datasets` name
     # search: evolution. The others are its baselines: one ratio for all layers (uniform), the same by magnitude or at
@@ -604,13 +608,15 @@ class Search:
 class Report:
     """Draw runs and results: pictures and one HTML page."""
 
-    paths: Positional[tuple[str, ...]]  # run folders, result files or folders of them
+    # run folders, result files or folders of them
+    paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH [PATH ...]")]
     out: str  # folder to write
     overwrite: bool = False  # replace an earlier report
 
     def run(self) -> None:
         from jsparse.report import report
 
+        check(len(self.paths) > 0, "PATH", "a run folder or a result file, or more", "none")
         page = report([Path(p) for p in self.paths], Path(self.out), overwrite=self.overwrite)
         print(page)
 
@@ -717,7 +723,7 @@ class BenchDecode:
                             *(("--batch", rows) for rows in self.batch)):  # fmt: skip
             check(value > 0, flag, "a positive number", value)
         for name in self.variant:
-            check(name in VARIANTS, "--variant", f"one of {', '.join(VARIANTS)}", name)
+            check(name in VARIANTS, "--variant", f"one of {'; '.join(VARIANTS)}", name)
         out = _result_path(self.result, "bench", "decode", self.shape)
         budget = Budget(self.seconds)
         speed = bandwidth(self.probe_bytes)
@@ -790,7 +796,7 @@ class Predict:
     holds the choices by layer and the whole curves.
     """
 
-    model: Positional[str]  # model folder
+    model: Model  # model folder
     data: str  # text, JSONL, Parquet, token store or `datasets` name
     held_out: int = 16  # windows of the text to measure on, its last ones
     split: str = "train"  # of a `datasets` name
@@ -940,9 +946,24 @@ def _parse(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in page.getvalue().splitlines()]
-        told = "; ".join(line.rstrip(":") if line.endswith(":") else line for line in lines if line)
-        raise ConfigError(told) from None
+        raise ConfigError(_unframed(page.getvalue())) from None
+
+
+def _unframed(page: str) -> str:
+    """tyro's framed answer to bad arguments, without its title, what it quotes of the help, and the way there."""
+    told = between = ""
+    for line in page.splitlines()[1:]:
+        framed = line.strip("╭╮╰╯│+|").rstrip()  # in unicode or, where the terminal has none, in ASCII
+        text = framed.strip()
+        indent = len(framed) - len(framed.lstrip())  # 1 in the frame, 5 of an item, 9 of an item's help
+        if text.startswith(("For full helptext", "Argument helptext")):
+            break
+        if not text.strip("─-"):
+            between = "; "
+        elif indent < 9:
+            told += (between or (" " if indent < 5 or told.endswith(":") else ", ")) + text
+            between = ""
+    return told.strip("; ")
 
 
 def _recipe_help() -> str:
@@ -973,6 +994,9 @@ def _model(path: str, compute: Compute, packed: bool = False) -> Iterator[tuple[
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
+    from jsparse import hf
+
+    hf.read_config(model)  # of what is no model folder, transformers would speak as of a name on the Hub
     return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
 
 

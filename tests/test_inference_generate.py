@@ -251,6 +251,8 @@ def test_bfloat16_and_other_widths(params):
         ({"max_new_tokens": 127},
          "max_new_tokens: expected prompt and new tokens within the model's 128 positions, got '2 + 127'"),
         ({"seed": [1, 2]}, "seed: expected one number, or one of each of the 1 prompts, got [1, 2]"),
+        ({"implementation": "cuda"}, "implementation: expected one of auto, dense, sparse, reference, xla, triton, "
+                                     "mosaic_gpu, mosaic_tpu, got 'cuda'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(changes, message):

@@ -294,10 +294,12 @@ def test_one_layer_decodes_exactly_across_the_context(name):
         np.testing.assert_allclose(steps[:, length - 1], full[:, -1], rtol=0, atol=1e-5)
 
 
-def test_cache_refuses_what_it_cannot_hold():
+def test_forward_refuses_what_does_not_fit():
     config = tiny_config(**VARIANTS["dynamic"])
     params, ids = random_params(config), tokens(config, 1, 6)
     cache = model.init_cache(params, 1, 5)
+    with pytest.raises(ConfigError, match=r"tokens: expected ids \[B, T\], got 'shape \(3,\)'"):
+        model.forward(params, jnp.zeros(3, jnp.int32), config)
     with pytest.raises(ConfigError, match="cache: expected slots for 6 tokens, got 5"):
         model.forward(params, ids, config, cache=cache)
     with pytest.raises(ConfigError, match="segments: expected none with a cache"):

@@ -63,3 +63,4 @@ def test_what_cannot_be_held(home, changes, told):
         changes = changes | {"model": ModelSource(path=str(home / changes["model"]))}
     with pytest.raises(ConfigError, match=told):
         train(of(home, "bad", **changes))
+    assert not (home / "bad").exists()

@@ -114,8 +114,8 @@ def generate(
     seeds = range(seed, seed + len(rows)) if isinstance(seed, int) else seed
     check(len(seeds) == len(rows), "seed", f"one number, or one of each of the {len(rows)} prompts", seed)
     stops = list(config.eos_token_ids if stop_ids is None else stop_ids)
-    known = "auto", *get_args(Implementation)
-    check(implementation in known, "implementation", f"one of {', '.join(known)}", implementation)
+    names = "auto", *get_args(Implementation)
+    check(implementation in names, "implementation", f"one of {', '.join(names)}", implementation)
 
     length = bucket(longest)
     batch = round_up(len(rows), batch_shards())  # rows that fill it up are stopped from the start

@@ -166,16 +166,11 @@ def make_ground(config: LlamaConfig, scores: Importance, budget: Budget, space: 
     size = ground.sizes.count(whole(config)) - fixed
     if least > high or most < low:
         reach = f"{(least - fixed) / size:.1%} to {(most - fixed) / size:.1%}"
-        raise ConfigError(
-            f"keep: expected a ratio that the space reaches ({reach} of {budget.of}), got {budget.keep:.1%}"
-        )
+        raise ConfigError(f"keep: expected a ratio that the space reaches ({reach} of {budget.of}; smaller ffn_low, "
+                          f"attention_low or multiples widen it), got {budget.keep:.1%}")  # fmt: skip
     fitted = any(fit(top.copy(), ground, np.random.default_rng(seed)) for seed in range(20))
-    check(
-        fitted,
-        "band",
-        f"a band of sizes that a subnet of the space meets ({low:,} to {high:,} parameters)",
-        budget.band,
-    )
+    check(fitted, "band", f"a band of sizes that a subnet of the space meets ({low:,} to {high:,} parameters)",
+          budget.band)  # fmt: skip
     return ground
 
 

@@ -115,18 +115,19 @@ def train(config: TrainConfig) -> Summary:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))  # jax's bfloat16 attention fails under "strict"
-        checkpoints = stack.enter_context(Checkpoints(run, config.checkpoint))
 
-        # ---- The state, from the newest checkpoint or from the model
+        # ---- The state, from the newest checkpoint or from the model; a run folder appears once all that is read fits
 
         with clock("load"):
-            if start:
+            teacher_config, *teacher = load_teacher(config, model_config, mesh)
+            params = None if start else starting_params(config, model_config, mesh, loader)
+            if params is not None:
+                check_held(params, config.hold)
+            checkpoints = stack.enter_context(Checkpoints(run, config.checkpoint))
+            if params is None:
                 now = checkpoints.restore(start, abstract)
             else:
-                params = starting_params(config, model_config, mesh, loader)
                 now = state.create(params, config, model_config, mesh)
-                check_held(now.params, config.hold)
-            teacher_config, *teacher = load_teacher(config, model_config, mesh)
         if jax.process_index() == 0:
             checkpoint.write(run / "config.yaml", configs.dump(config))
             checkpoint.save_model(run, lte.served(model_config), tokenizer)
