@@ -21,6 +21,7 @@ import tyro
 from tyro.conf import Positional
 
 from jsparse.config import ConfigError, MeshConfig, Source, check
+from jsparse.files import write_text
 
 CACHE = "~/.cache/jsparse"
 Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -1104,9 +1105,7 @@ def _result_path(result: Result, *parts: str) -> Path:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(scratch, path)
+    write_text(path, json.dumps(values, indent=1) + "\n")
     print(path, file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jsparse.config import ConfigError, check
+from jsparse.files import replacing, write_text
 from jsparse.methods.space import Ground, Space, Widths, fit, resize
 from jsparse.methods.subnet import Genome, digest
 
@@ -306,13 +307,11 @@ def load_state(folder: Path, start: Genome) -> State | None:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz file that appears whole or not at all, in place of an older one."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "wb") as file:
+    """Writes an .npz file in place of an older one."""
+    with replacing(path) as scratch, open(scratch, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def _log(path: Path, epoch: int, children: Sequence[Candidate], ground: Ground) -> None:
@@ -347,9 +346,7 @@ def _cut_log(path: Path, epoch: int) -> None:
         except ValueError:
             break
         kept.append(line + "\n")
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text("".join(kept))
-    os.replace(scratch, path)
+    write_text(path, "".join(kept))
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -369,6 +366,4 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
                                   f"got {now!r}; choose another folder for another search")  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(scratch, path)
+    write_text(path, json.dumps(settings, indent=1) + "\n")

@@ -41,6 +41,7 @@ from safetensors.numpy import load_file, save_file
 
 from jsparse import model
 from jsparse.config import Cats, Cett, FatRelu, LlamaConfig, Relu, check
+from jsparse.files import replacing
 from jsparse.model import FFNTrace, Params
 from jsparse.parallel import batch_shards
 from pallas_kernels.neuron_sparse_ffn import Predictor
@@ -304,10 +305,8 @@ def save(folder: str | Path, predictors: Sequence[Predictor | None]) -> None:
     """Writes `predictor.safetensors` into a model folder: the tensors of the layers that have a predictor."""
     tensors = {f"layers.{i}.{name}": np.asarray(array)
                for i, p in enumerate(predictors) if p is not None for name, array in p._asdict().items()}  # fmt: skip
-    path = Path(folder) / FILE
-    scratch = path.with_name(f".{FILE}.tmp")
-    save_file(tensors, scratch, metadata={"layers": str(len(predictors))})
-    scratch.replace(path)
+    with replacing(Path(folder) / FILE) as path:
+        save_file(tensors, path, metadata={"layers": str(len(predictors))})
 
 
 def load(folder: str | Path, config: LlamaConfig) -> list[Predictor | None]:

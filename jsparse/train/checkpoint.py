@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from jsparse import config as configs
 from jsparse import model, parallel
 from jsparse.config import CheckpointConfig, ConfigError, LlamaConfig
+from jsparse.files import write_text
 from jsparse.model import Params
 from jsparse.train.state import TrainState
 
@@ -116,7 +117,8 @@ def _one_line(what: str) -> Iterator[None]:
 
 def save_model(run: epath.Path, config: LlamaConfig, tokenizer: str | None) -> None:
     """Writes model.json: what the parameters mean and which tokenizer goes with them."""
-    write(run / "model.json", json.dumps({"config": configs.to_dict(config), "tokenizer": tokenizer}, indent=1) + "\n")
+    values = {"config": configs.to_dict(config), "tokenizer": tokenizer}
+    write_text(run / "model.json", json.dumps(values, indent=1) + "\n")
 
 
 def load_model(run: epath.PathLike) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -158,10 +160,3 @@ def load_run(
     with _one_line(f"{folder / str(step)}: cannot be read"):
         params = ocp.load_checkpointables(folder / str(step), {"params": target})["params"]
     return config, params, {"step": step, "tokenizer": values["tokenizer"]}
-
-
-def write(path: epath.Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all, in place of an older one."""
-    scratch = path.parent / f".{path.name}.tmp"
-    scratch.write_text(text)
-    scratch.replace(path)

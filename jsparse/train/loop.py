@@ -45,6 +45,7 @@ from jsparse.config import (
     check,
 )
 from jsparse.data import Batch, Loader, Store, open_source
+from jsparse.files import write_text
 from jsparse.inference.perplexity import evaluate
 from jsparse.methods import lte
 from jsparse.methods.grouping import group, permute
@@ -129,7 +130,7 @@ def train(config: TrainConfig) -> Summary:
             else:
                 now = state.create(params, config, model_config, mesh)
         if jax.process_index() == 0:
-            checkpoint.write(run / "config.yaml", configs.dump(config))
+            write_text(run / "config.yaml", configs.dump(config))
             checkpoint.save_model(run, lte.served(model_config), tokenizer)
         log = stack.enter_context(MetricsLog(run, start, config.log.tensorboard))
 
@@ -215,7 +216,7 @@ def train(config: TrainConfig) -> Summary:
         seconds=dict(clock.seconds) | {"total": clock.total()},
     )
     if jax.process_index() == 0:
-        checkpoint.write(run / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
+        write_text(run / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
     out.print(f"{run}: complete after {config.steps} steps")
     return summary
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jsparse import model
 from jsparse.config import LlamaConfig, TrainConfig
-from jsparse.train.checkpoint import write
+from jsparse.files import write_text
 from jsparse.train.host import Clock
 
 # bf16 multiply-adds count as two; dense, without the doubling that vendors quote for 2:4 sparsity.
@@ -109,7 +109,7 @@ class MetricsLog:
         lines = [x for x in read_metrics(self._path) if x["step"] <= start] if start else []
         self.last: dict[str, Any] = {name: value for line in lines for name, value in line.items()}
         if self._writes:
-            write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def __enter__(self) -> "MetricsLog":
         return self
