@@ -139,6 +139,8 @@ class Eval:
         from jsparse import report
         from jsparse.methods.patterns import ATTENTION, MLP, check_claim, observe, parse_pattern, shares
 
+        if self.pattern is None:
+            _refuse(self, ("scope",), "--pattern beside it", self.scope)
         out = _result_path(self.result, "eval", self.model, self.data)
         claim = parse_pattern(self.pattern) if self.pattern else None
         with _model(self.model, self.compute) as (config, params):
@@ -190,6 +192,8 @@ class Generate:
         check(len(self.prompt) > 0, "--prompt", "a text or more", "none")
         out = _result_path(self.result, "generate", self.model)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.temperature == 0:
+            _refuse(self, ("top_k", "top_p", "min_p", "seed"), "--temperature above 0 beside it", self.temperature)
         tokenizer = _tokenizer(self.model)
         prompts = [tokenizer(text).input_ids for text in self.prompt]
         for text, ids in zip(self.prompt, prompts, strict=True):
@@ -237,6 +241,8 @@ class Compare:
         from jsparse.inference import compare, compare_torch
 
         check(bool(self.b) or self.torch, "compare", "two model folders, or one and --torch", self.a)
+        if not self.torch:
+            _refuse(self, ("trust_remote_code",), "--torch beside it", self.trust_remote_code)
         b, w = self.b or self.a, self.windows
         out = _result_path(self.result, "compare", self.a, b)
         with _model(b, self.compute) as (config, params):
@@ -317,6 +323,8 @@ class Threshold:
             fitting = {"fatrelu": ("relu", "fatrelu", "shifted_relu"), "cats": ("silu", "cats"),
                        "cett": ("relu", "fatrelu", "cett")}[criterion]  # fmt: skip
             check(kind in fitting, f"--criterion {criterion}", f"a model of activation {' or '.join(fitting)}", kind)
+        if criterion not in ("cett", "lte"):
+            _refuse(self, ("calibration",), "--criterion cett or lte beside it", criterion)
         return criterion
 
     def _solve(self, criterion: str, params: Any, config: Any, given: dict[str, float]) -> tuple[Any, Any, Any, Any]:
@@ -367,6 +375,10 @@ _SWEEPS: dict[str, tuple[str, tuple[float, ...]]] = {  # by criterion: what a se
 }
 
 
+# Options of `Prune` that magnitude does not use.
+_OF_CALIBRATION = ("calibration", "samples", "seq_len", "seed", "batch_size", "split")
+
+
 @dataclass(frozen=True)
 class Prune:
     """Set weights to zero in one shot, by a pattern such as 2:4, and write the model.
@@ -408,6 +420,8 @@ class Prune:
         mlp, attention = self._methods()
         check_target(Path(self.out), self.overwrite, self.model)
         needs = {self.method, attention.type if attention else self.method} - {"magnitude"}
+        if not needs:
+            _refuse(self, _OF_CALIBRATION, "a --method that looks at text beside it", self.method)
         check(bool(self.calibration) or not needs, "--calibration", f"a text for {' and '.join(sorted(needs))}", "none")
         windows = self._windows(hf.read_config(self.model)) if needs else None
         if windows is not None:
@@ -584,8 +598,8 @@ class Search:
             (("masks",), not self.levels, "no --levels beside it, which fix the index sets", "--levels"),
             (("damp", "target"), self.repair in ("closed", "admm"), "--repair closed or admm beside it", self.repair),
         ):
-            for name in names:
-                check(fits or getattr(self, name) == getattr(Search, name), "--" + name.replace("_", "-"), wanted, got)
+            if not fits:
+                _refuse(self, names, wanted, got)
         given: dict[str, Any] = {"target": self.target} | ({} if self.damp is None else {"damp": self.damp})
         repairs: dict[str, Any] = {"closed": ClosedForm(**given), "admm": Admm(**given), "bias": Bias(), "none": None}
         half, third = self.population // 2, self.population * 3 // 10  # the paper's shares
@@ -977,6 +991,12 @@ def _recipe_help() -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # What the commands share
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse(command: Any, names: Sequence[str], wanted: str, got: Any) -> None:
+    """Raises ConfigError where one of the options that have no effect here was given: what they want beside them."""
+    for name in names:
+        check(getattr(command, name) == getattr(type(command), name), "--" + name.replace("_", "-"), wanted, got)
 
 
 @contextlib.contextmanager

@@ -144,6 +144,8 @@ def test_threshold_of_a_model_that_makes_no_zeros(home, capsys):
         code, error = answer(capsys, "threshold", model, "left", *shared, "--criterion", name)
         assert (code, error.count("\n")) == (2, 1) and f"--criterion {name}: expected a model of activation" in error
         assert f"got {activation.type!r}" in error and not (home / "left").exists()
+    code, error = answer(capsys, "threshold", "silu", "left", *shared, "--calibration", "text.txt")
+    assert code == 2 and "--calibration: expected --criterion cett or lte beside it, got 'cats'" in error
 
 
 def test_threshold_of_routers(home, capsys):
@@ -249,6 +251,7 @@ def test_prune_packed(home, capsys):
         (["wanda", "2:4", "--alpha", "1"], "--alpha: expected --method dass beside it"),
         (["wanda", "2:4", "--axis", "output"], "--axis: expected 'input'"),
         (["wanda", "2:4", "--attention", "ria"], "--attention: expected --scope all"),
+        (["magnitude", "2:4", "--samples", "4"], "--samples: expected a --method that looks at text beside it"),
         (["magnitude", "2:4", "--scope", "all", "--attention", "wanda"], "--calibration: expected a text for wanda"),
     ],
 )
@@ -397,6 +400,9 @@ def test_help_tells_what_every_option_means(words, command, capsys):
         (["threshold", "model", "new", "--data", "text.txt"], 2, "--target-sparsity"),
         (["threshold", "model", "model", "--data", "text.txt", "--target-sparsity", "0.9"], 2, "that is read"),
         (["generate", "model", "--prompt", ""], 2, "--prompt: expected a text of at least one token"),
+        (["generate", "model", "--prompt", "x", "--seed", "1"], 2, "--seed: expected --temperature above 0 beside it"),
+        (["eval", "model", "--data", "text.txt", "--scope", "all"], 2, "--scope: expected --pattern beside it"),
+        (["compare", "model", "model", "--data", "text.txt", "--trust-remote-code"], 2, "expected --torch beside it"),
         (["generate", "nothing", "--prompt", "x"], 2, "nothing: not a model folder"),
         (["compare", "model", "--data", "text.txt"], 2, "--torch"),
         (["export", "nothing", "out"], 2, "nothing"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -400,6 +401,20 @@ def test_full_disk(saved: Path, tmp_path: Path) -> None:
                 hf.save(tmp_path / name, tiny_config(), random_params(tiny_config(), seed=1), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert digest(saved) == before and [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_new_folder_that_cannot_take_the_name(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rename = digest(saved), os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise PermissionError(1, "no")
+        rename(source, target)
+
+    monkeypatch.setattr("jsparse.hf.folder.os.rename", refuse)
+    with pytest.raises(OSError, match="model: cannot write: no; nothing was left behind"):
+        hf.save(saved, tiny_config(), random_params(tiny_config(), seed=1), overwrite=True)
     assert digest(saved) == before and [f.name for f in tmp_path.iterdir()] == ["model"]
 
 

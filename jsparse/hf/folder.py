@@ -319,6 +319,8 @@ def whole_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         os.rename(temporary, path)
         shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
+        if previous.exists():  # the new folder could not take the name
+            os.rename(previous, path)
         raise OSError(f"{path}: cannot write: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
