@@ -101,11 +101,14 @@ def read_config(path: str | Path) -> LlamaConfig:
     Raises:
         ConfigError: no model folder, or one whose model is not (exactly) what jsparse computes.
     """
-    file = Path(path) / "config.json"
+    file = Path(path).expanduser() / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: not a model folder: it has no config.json") from None
+        where = "it has no config.json" if file.parent.exists() else (
+            "there is none of that name (`hf download NAME --local-dir FOLDER` makes one of a model on the Hub)"
+        )  # fmt: skip
+        raise ConfigError(f"{path}: not a model folder: {where}") from None
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON: {error}") from None
     try:
@@ -144,10 +147,6 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
     found["layers"] = shapes
     config = configs.from_dict(LlamaConfig, found)
     _check_rest(rest)
-    if isinstance(config.rope, configs.LongRope):
-        for name in ("short_factor", "long_factor"):
-            n = len(getattr(config.rope, name))
-            check(n == config.head_dim // 2, f"rope.{name}", f"{config.head_dim // 2} factors (head_dim / 2)", n)
     return config
 
 

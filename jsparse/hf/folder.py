@@ -61,8 +61,8 @@ def load(
         ConfigError: not a model folder, a model that jsparse does not compute, or a mesh that does not divide it.
         ValueError: a tensor is missing, unknown or misshapen, or a file is damaged.
     """
-    config, where = read_config(path), Path(path)
-    stored, packing = open_folder(where), read_packing(path)
+    config, where = read_config(path), Path(path).expanduser()
+    stored, packing = open_folder(where), read_packing(where)
     unpacked = dense(stored, packing, where)
     if not packed or not packing or config.layers is not None:
         params = assemble(config, unpacked, where, dtype, mesh)
@@ -230,12 +230,12 @@ def save(
         ValueError: parameters that do not fit the config.
         OSError: cannot write; nothing is left behind.
     """
-    packing = _packing(params)
+    path, packing = Path(path).expanduser(), _packing(params)
     chosen = choose_format(config, format, packed=bool(packing))
-    check_target(Path(path), overwrite)  # in every process, so that none waits for one that has given up
+    check_target(path, overwrite)  # in every process, so that none waits for one that has given up
     tensors = _outgoing(config, params, dtype, packing)
     if jax.process_index() == 0:
-        write_model(Path(path), config, tensors, chosen, tokenizer, max_shard_bytes, overwrite, extra or {},
+        write_model(path, config, tensors, chosen, tokenizer, max_shard_bytes, overwrite, extra or {},
                     to_config(packing))  # fmt: skip
     else:
         for tensor in tensors.values():  # gathering takes every process
@@ -261,7 +261,8 @@ def write_model(
     `extra` holds text files by name; what is callable is called once the tensors are written. `fields` are more fields
     of config.json.
     """
-    files = [] if tokenizer is None else [f for name in TOKENIZER_FILES for f in sorted(Path(tokenizer).glob(name))]
+    tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
+    files = [] if tokenizer is None else [f for name in TOKENIZER_FILES for f in sorted(tokenizer.glob(name))]
     if tokenizer is not None and not files:
         raise ConfigError(f"{tokenizer}: no tokenizer files")
     sizes: dict[str, int] = {}
@@ -274,7 +275,7 @@ def write_model(
         if any(x is not None for x in ids.values()):
             write_json(folder / "generation_config.json", {name: x for name, x in ids.items() if x is not None})
         if tokenizer is not None:
-            files += Path(tokenizer).glob("generation_config.json")
+            files += tokenizer.glob("generation_config.json")
             for file in files:
                 copied = folder / file.relative_to(tokenizer)
                 copied.parent.mkdir(exist_ok=True)

@@ -123,7 +123,7 @@ def save_model(run: epath.Path, config: LlamaConfig, tokenizer: str | None) -> N
 
 def load_model(run: epath.PathLike) -> tuple[LlamaConfig, dict[str, Any]]:
     """The model's config and the contents of model.json."""
-    path = epath.Path(run) / "model.json"
+    path = epath.Path(run).expanduser() / "model.json"
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
