@@ -923,7 +923,7 @@ def run(arguments: Sequence[str]) -> int:
         command.run()
     except ConfigError as error:
         return _fail(2, error)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         if os.environ.get("JSPARSE_TRACEBACK"):
             raise
         return _fail(1, error)

@@ -27,14 +27,20 @@ def choose(package: str, implementation: Implementation | None, *call: Any) -> A
         implementation: a backend's name, or None: the platform's preferred one where it takes the call, else "xla".
         call: what the backends' `unsupported` is asked about.
     Raises:
-        ValueError: the named backend does not exist or cannot take this call.
+        ValueError: the named backend does not exist, at all or of this operation, or cannot take this call.
         ImportError: this JAX lacks the named backend.
     """
     if implementation is not None:
         if implementation not in get_args(Implementation):
             raise ValueError(f"implementation: expected one of {', '.join(get_args(Implementation))}, "
                              f"got {implementation!r}")  # fmt: skip
-        module = importlib.import_module(f"{package}.{implementation}")
+        try:
+            module = importlib.import_module(f"{package}.{implementation}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{package}.{implementation}":  # of this JAX, not of ours
+                raise
+            operation = package.rpartition(".")[2]
+            raise ValueError(f"implementation {implementation!r}: {operation} has no such backend") from None
         reason = module.unsupported(*call)
         if reason is not None:
             raise ValueError(f"implementation {implementation!r}: {reason}")

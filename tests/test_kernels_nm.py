@@ -311,6 +311,8 @@ def test_arguments_that_do_not_fit() -> None:
         ("residual: expected float32 \\(1, 64\\)",
          lambda: nm_ffn(case.x(), gate, up, down, activation=silu, residual=case.x().astype(jnp.bfloat16))),
         ("weight: expected one matrix", lambda: nm_matmul(case.x(), jax.tree.map(lambda x: x[None], gate))),
+        ("implementation 'mosaic_gpu': nm_matmul has no such backend",
+         lambda: nm_matmul(case.x(), gate, implementation="mosaic_gpu")),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()

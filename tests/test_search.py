@@ -477,6 +477,12 @@ def test_search_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
             dataclasses.replace(SETTINGS, evolution=dataclasses.replace(SMALL, seed=1)),
             r"evolution\.seed: expected 0, got 1",
         ),
+        (  # what was asked for, before what follows from it
+            dataclasses.replace(
+                SETTINGS, evolution=dataclasses.replace(SMALL, population=99, crossovers=SMALL.mutants)
+            ),
+            rf"evolution\.population: expected {SMALL.population}, got 99; .*--run-folder",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             search(params, CONFIG, TEXTS, changed, folder=tmp_path)

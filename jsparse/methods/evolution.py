@@ -359,11 +359,11 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if path.exists():
         before = json.loads(path.read_text())
-        for name in sorted(before.keys() | settings.keys()):
+        for name in dict.fromkeys([*settings, *before]):  # as declared: what is derived comes after what was asked for
             was, now = before.get(name), settings.get(name)
             if was != now:
                 raise ConfigError(f"{folder}: a search with other settings began there: {name}: expected {was!r}, "
-                                  f"got {now!r}; choose another folder for another search")  # fmt: skip
+                                  f"got {now!r}; choose another folder (--run-folder) for another search")  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
