@@ -16,17 +16,19 @@ import jsparse
 from jsparse import config, hf
 from jsparse.cli import Train, _parse
 from jsparse.config import Relu, Router
+from jsparse.train.optimizer import learning_rate
 from pallas_kernels import pack
 from tests.helpers import random_params, save_byte_tokenizer, tiny_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 IDS = (np.arange(200) * 7 % 251).tolist()
 
 
 def commands() -> list[str]:
     """The lines of the pages and recipes that start with `jsparse`, without what stands in brackets as optional."""
-    text = "\n".join(path.read_text() for path in [*PAGES, *sorted((ROOT / "configs").glob("*.yaml"))])
+    text = "\n".join(path.read_text() for path in [*PAGES, *RECIPES])
     found = re.findall(r"^(?:#|   ) +(jsparse [a-z](?:.*\\\n)*.*)", text, re.MULTILINE)
     return [re.sub(r"\[--[^\]]*\]", "", line.replace("\\\n#", " ").replace("\\\n", " ")) for line in found]
 
@@ -39,6 +41,16 @@ def test_commands_of_the_pages_and_recipes_parse(monkeypatch):
         command = _parse(shlex.split(line, comments=True)[1:])
         if isinstance(command, Train):
             config.load(command.recipe, command.overrides)
+
+
+def test_variants_that_recipes_name_are_recipes():
+    word = r"(?:'[^']*'|[\w.]+=\S+)"
+    count = 0
+    for path in RECIPES:
+        for overrides in re.findall(rf"^#  .*?  ({word}(?: {word})*)$", path.read_text(), re.MULTILINE):
+            recipe, count = config.load(path, shlex.split(overrides)), count + 1
+            learning_rate(recipe.optimizer, recipe.steps)
+    assert count == 11
 
 
 def normal(*shape: int) -> jax.Array:

@@ -235,7 +235,7 @@ def test_depth_alone() -> None:
 
 
 def test_what_the_space_refuses() -> None:
-    with pytest.raises(ConfigError, match=r"keep: expected .* \(25\.7% to 100\.0% of total\), got 10\.0%"):
+    with pytest.raises(ConfigError, match=r"keep: expected .* \(25\.7% to 100\.0% of total; .* widen it\), got 10\.0%"):
         ground_of(Budget(0.1, band=0.01))
     with pytest.raises(ConfigError, match="band: expected a band of sizes that a subnet of the space meets"):
         ground_of(Budget(0.7, band=1e-6))
