@@ -455,6 +455,17 @@ def test_solve_for_perplexity(learned, how):
     assert float(evaluate(point.setting + 0.02)[0]) > budget
 
 
+def test_solve_ends_below_a_jump_of_the_perplexity():
+    calls = []
+
+    def evaluate(threshold):  # one neuron of weight, cut off at 0.3
+        calls.append(threshold)
+        return (12.0 if threshold > 0.3 else 10.0), [min(threshold, 1.0)]
+
+    point = prosparse.solve(evaluate, rise=0.1)
+    assert 0.2999 <= point.setting <= 0.3 and point.perplexity == 10 and len(calls) < 20
+
+
 def test_solve_refuses(learned):
     _, _, _, evaluate = learned
     natural = float(jnp.mean(evaluate(0.0)[1]))

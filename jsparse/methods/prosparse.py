@@ -255,6 +255,7 @@ def solve(
         first: threshold tried first after 0; doubled until the goal is bracketed.
         limit: no threshold above this is tried.
         tolerance: ends the search: sparsity above its goal, or perplexity below its budget as a share of the budget.
+            Where the perplexity jumps over the budget, the search ends below the jump.
 
     Raises:
         ConfigError: not exactly one goal, or one out of range.
@@ -313,6 +314,9 @@ def _solve(
             break
         if name == "perplexity" and goal - value(low) <= tolerance * goal:
             break
+        narrow = high.setting - low.setting <= tolerance * high.setting
+        if narrow and high.mean_sparsity - low.mean_sparsity <= tolerance / 10:
+            break  # the perplexity jumps here, and no setting between has more to give
         middle = measure((low.setting + high.setting) / 2)
         low, high = (middle, high) if value(middle) < goal else (low, middle)
     return high if name == "sparsity" else low
