@@ -114,6 +114,11 @@ def batch_shards() -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple: of `batch_shards`, the rows that a batch of n is filled up to."""
+    return -(-n // multiple) * multiple
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Pins an activation to its logical sharding under the mesh in context (`jax.set_mesh`); no mesh, no effect."""
     mesh = jax.sharding.get_abstract_mesh()

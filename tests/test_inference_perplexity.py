@@ -10,7 +10,8 @@ import pytest
 
 from jsparse import model, parallel
 from jsparse.config import ConfigError, FatRelu, MeshConfig, Relu
-from jsparse.inference import evaluate, perplexity, windows
+from jsparse.inference import evaluate, perplexity
+from jsparse.model import chunks
 from tests.helpers import from_torch, tiny_config, torch_model
 
 CONFIG = tiny_config(activation=Relu(), num_hidden_layers=3)
@@ -170,7 +171,7 @@ def test_bad_input_is_one_line(changes, message):
 
 def test_chunks_hold_few_logits(params):
     def losses(x, targets):
-        return windows.by_chunks(lambda x, t: windows.nll(model.logits(x, params), t), x, targets, chunk=8)
+        return chunks.by_chunks(lambda x, t: chunks.nll(model.logits(x, params), t), x, targets, chunk=8)
 
     x = jax.random.normal(jax.random.key(0), (2, 15, CONFIG.hidden_size))
     targets = jax.random.randint(jax.random.key(1), (2, 15), 0, CONFIG.vocab_size)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jsparse.config import ConfigError, LlamaConfig, check
-from jsparse.inference.windows import Batch, Windows, by_chunks, exp, nll, replicated
+from jsparse.inference.windows import Batch, Windows, exp, replicated
 from jsparse.model import Params, logits, trunk
+from jsparse.model.chunks import by_chunks, kl, nll
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,9 @@ class Difference(NamedTuple):
 
 def _difference(a: jax.Array, b: jax.Array, targets: jax.Array) -> Difference:
     """float32 [B, T] each, of logits [B, T, V]."""
-    log_a, log_b = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-    kl = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+    apart = kl(a, b)
     agree = (jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)).astype(jnp.float32)
-    return Difference(jnp.max(jnp.abs(a - b), axis=-1), kl, kl, agree, nll(a, targets), nll(b, targets))
+    return Difference(jnp.max(jnp.abs(a - b), axis=-1), apart, apart, agree, nll(a, targets), nll(b, targets))
 
 
 def _reduce(each: Difference, counted: jax.Array) -> Difference:
@@ -174,12 +174,12 @@ def _collect(
         counted += int(batch.counted.sum())
         if progress:
             progress(done, windows.count)
-    kl, agree, nll_a, nll_b = sums / counted
-    if np.isnan(kl):  # XLA's maximum may pass over what is not a number, its sum never does
+    mean_kl, agree, nll_a, nll_b = sums / counted
+    if np.isnan(mean_kl):  # XLA's maximum may pass over what is not a number, its sum never does
         most[:] = np.nan
     return Comparison(
         max_abs_difference=float(most[0]),
-        mean_kl=float(kl),
+        mean_kl=float(mean_kl),
         max_kl=float(most[1]),
         top1_agreement=float(agree),
         perplexity_a=exp(nll_a),

@@ -20,9 +20,9 @@ from jsparse.config import LlamaConfig, check
 from jsparse.inference import decoder
 from jsparse.inference.costs import choose
 from jsparse.inference.decoder import Decoder, Implementation, can_skip, pack
-from jsparse.inference.windows import check_ids, positions, replicated, round_up
+from jsparse.inference.windows import check_ids, positions, replicated
 from jsparse.model import Cache, Params, init_cache, logits, trunk, unstack
-from jsparse.parallel import batch_shards
+from jsparse.parallel import batch_shards, round_up
 from pallas_kernels.backend import Implementation as KernelImplementation
 
 STREAM = 8  # tokens between two calls back to the host when streaming

@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike
 from jsparse.config import LlamaConfig, with_threshold
 from jsparse.inference import decoder
 from jsparse.inference.decoder import Decoder
-from jsparse.inference.windows import Batch, Windows, by_chunks, exp, nll, replicated
+from jsparse.inference.windows import Batch, Windows, exp, replicated
 from jsparse.model import FFNTrace, Params, logits, trunk
+from jsparse.model.chunks import by_chunks, nll
 
 
 @dataclass(frozen=True)

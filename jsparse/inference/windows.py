@@ -10,18 +10,15 @@ last window is as long as what is left of the text.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jsparse.config import DynamicRope, LlamaConfig, check
-from jsparse.parallel import batch_shards, constrain
-
-CHUNK = 4096  # tokens whose logits exist at once on a device
+from jsparse.parallel import batch_shards, constrain, round_up
 
 
 class Batch(NamedTuple):
@@ -88,37 +85,6 @@ def check_ids(ids: np.ndarray, config: LlamaConfig, where: str) -> None:
     check(not len(outside), where, f"ids from 0 to {config.vocab_size - 1}", outside[:1].tolist())
 
 
-def by_chunks(f: Callable[..., Any], *arrays: jax.Array, chunk: int = CHUNK) -> Any:
-    """f(*arrays) of arrays [B, T, ...] in pieces [B, t, ...] of at most `chunk` tokens a device, one after another.
-
-    What f returns, a tree of arrays [B, t, ...], is joined along T. So what exists within f, such as logits, never
-    exists whole.
-    """
-    batch, length = arrays[0].shape[:2]
-    pieces = min(length, math.ceil(max(1, batch // batch_shards()) * length / chunk))
-    steps = math.ceil(length / pieces)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -length % steps), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(batch, -1, steps, *x.shape[2:]), 1, 0)
-
-    def join(y: jax.Array) -> jax.Array:
-        return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :length]
-
-    return jax.tree.map(join, jax.lax.map(lambda part: f(*part), tuple(map(split, arrays))))
-
-
-def nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log likelihood, nats, float32 [...], of targets [...] under logits [..., V].
-
-    Targets are picked by comparison rather than by a gather, which a vocabulary split over devices would first have
-    to collect.
-    """
-    ids = jnp.arange(logits.shape[-1], dtype=targets.dtype).reshape(*[1] * targets.ndim, -1)
-    picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
 def replicated(tree: Any) -> Any:
     """The results of a computation whole on every device, so that every process of a job can read them."""
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
@@ -128,7 +94,3 @@ def exp(loss: float) -> float:
     """Perplexity of a loss: infinite rather than an overflow, nan of nan."""
     with np.errstate(over="ignore"):
         return float(np.exp(loss))
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -43,7 +43,7 @@ from jsparse import model
 from jsparse.config import Cats, Cett, FatRelu, LlamaConfig, Relu, check
 from jsparse.files import replacing
 from jsparse.model import FFNTrace, Params
-from jsparse.parallel import batch_shards
+from jsparse.parallel import batch_shards, round_up
 from pallas_kernels.neuron_sparse_ffn import Predictor
 
 FILE = "predictor.safetensors"  # in a model folder
@@ -99,7 +99,7 @@ def train(
     for rank in ranks:
         check(rank > 0 and rank % 8 == 0, "rank", "positive multiples of 8", rank)
     check(len(ranks) > 0 and steps > 0, "ranks, steps", "at least one each", (ranks, steps))
-    windows, batch_size = np.asarray(windows), _round_up(batch_size, batch_shards())
+    windows, batch_size = np.asarray(windows), round_up(batch_size, batch_shards())
     params = model.stack(params)
     layers, f = config.num_hidden_layers, config.intermediate_size
     weights = {rank: _initial(jax.random.fold_in(jax.random.key(seed), rank), config, rank) for rank in ranks}
@@ -136,10 +136,6 @@ def _initial(key: jax.Array, config: LlamaConfig, rank: int) -> dict[str, jax.Ar
         "down": jax.random.normal(down, (layers, rank, d)) * d**-0.5,
         "up": jax.random.normal(up, (layers, f, rank)) * (2 / rank) ** 0.5,
     }
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _observe(params: Params, tokens: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
@@ -237,7 +233,7 @@ def curves(
         return {rank: jax.lax.map(one, (matrices, x, active)) for rank, matrices in rounded.items()}
 
     windows, size = np.asarray(windows, np.int32), batch_shards()
-    whole = np.resize(windows, (_round_up(len(windows), size), windows.shape[1]))  # devices split a batch evenly
+    whole = np.resize(windows, (round_up(len(windows), size), windows.shape[1]))  # devices split a batch evenly
     counted = [count(rounded, params, batch) for batch in whole.reshape(-1, size, windows.shape[1])]
     mean = jax.tree.map(lambda *parts: np.mean([np.asarray(part, np.float64) for part in parts], axis=0), *counted)
     found = {}

@@ -57,7 +57,7 @@ from jsparse.methods.patterns import (
 )
 from jsparse.methods.sparsegpt import SparseGpt, dampings, exact_dot, sparsegpt
 from jsparse.model import Params
-from jsparse.parallel import batch_shards, constrain
+from jsparse.parallel import batch_shards, constrain, round_up
 
 # --------------------------------------------------------------------------------------------------------------------
 # What to prune and how
@@ -235,8 +235,7 @@ def embed(matrix: jax.Array, config: LlamaConfig, tokens: ArrayLike, batch_size:
     check(batch_size > 0, "batch_size", "a positive number", batch_size)
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     check(not len(outside), "tokens", f"ids from 0 to {config.vocab_size - 1}", outside[:1].tolist())
-    shards = batch_shards()
-    size = -(-min(batch_size, len(ids)) // shards) * shards
+    size = round_up(min(batch_size, len(ids)), batch_shards())
     places = [np.arange(first, first + size) for first in range(0, len(ids), size)]
     kind = jnp.dtype(matrix.dtype if dtype is None else dtype)
     return [(_embed(matrix, ids[np.minimum(at, len(ids) - 1)].astype(np.int32), kind), jnp.asarray(at < len(ids)))

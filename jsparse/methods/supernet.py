@@ -10,7 +10,7 @@ program, the windows of each are split over the devices of the mesh.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,8 @@ from jsparse.config import LlamaConfig, check
 from jsparse.methods.repair import Levels
 from jsparse.methods.subnet import Genome, zero_filled
 from jsparse.model import Params
-from jsparse.parallel import batch_shards, constrain
-
-CHUNK = 4096  # tokens whose logits exist at once on a device
+from jsparse.model.chunks import by_chunks, kl, nll
+from jsparse.parallel import batch_shards, constrain, round_up
 
 
 class Supernet(NamedTuple):
@@ -47,7 +46,7 @@ def make_supernet(
     windows = np.asarray(tokens)
     check(windows.ndim == 2 and len(windows) > 0 and windows.shape[1] > 1, "tokens", "windows of text [W, T + 1]",
           f"{list(windows.shape)}")  # fmt: skip
-    rows = np.arange(-(-len(windows) // batch_shards()) * batch_shards())
+    rows = np.arange(round_up(len(windows), batch_shards()))
     padded = constrain(jnp.asarray(windows[np.minimum(rows, len(windows) - 1)], jnp.int32), "batch", "sequence")
     states = _states(params, padded, config) if kl else None
     return Supernet(params, padded, jnp.asarray(rows < len(windows)), states, levels)
@@ -113,25 +112,12 @@ def with_levels(params: Params, levels: Levels, genome: Genome) -> Params:
 
 def _losses(x: jax.Array, states: jax.Array | None, head: jax.Array, targets: jax.Array) -> jax.Array:
     """float32 [W], summed over tokens, of hidden states [W, T, D]."""
-    windows, length = targets.shape
-    parts = min(length, -(-max(1, windows // batch_shards()) * length // CHUNK))
-    while length % parts:
-        parts += 1
 
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(windows, parts, -1, *x.shape[2:]), 1, 0)
+    def logits(x: jax.Array) -> jax.Array:
+        return model.logits(x, {"head": head})
 
-    def part(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-        x, targets, states = chunk
-        logits = model.logits(x, {"head": head})
-        if states is None:
-            ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
-            picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-            loss = jax.nn.logsumexp(logits, axis=-1) - picked
-        else:
-            dense = jax.nn.log_softmax(model.logits(states, {"head": head}), axis=-1)
-            loss = jnp.sum(jnp.exp(dense) * (dense - jax.nn.log_softmax(logits, axis=-1)), axis=-1)
-        return total + jnp.sum(loss, axis=-1), None
-
-    chunks = split(x), split(targets), None if states is None else split(states)
-    return jax.lax.scan(part, constrain(jnp.zeros(windows), "batch"), chunks)[0]
+    if states is None:
+        each = by_chunks(lambda x, targets: nll(logits(x), targets), x, targets)
+    else:
+        each = by_chunks(lambda x, states: kl(logits(states), logits(x)), x, states)
+    return jnp.sum(each, axis=1)
