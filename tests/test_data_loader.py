@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsparse.config import ConfigError, DataConfig, MeshConfig, Source
-from jsparse.data import Batch, Loader, Store, eval_windows
+from jsparse.data import Batch, Loader, Store
 from jsparse.data.loader import collate, cut, pack, prefetch
 from jsparse.parallel import batch_sharding, make_mesh
 
@@ -85,15 +85,6 @@ def test_loss_mask_belongs_to_the_target():
     assert batch.tokens.tolist() == [[0, 1, 2, 4, 5]] and batch.targets.tolist() == [[1, 2, 3, 5, 6]]
     assert batch.loss_mask.tolist() == [[False, True, True, True, True]]
     assert batch.segments.tolist() == [[1, 1, 1, 2, 2]]
-
-
-def test_eval_windows_come_in_order():
-    batch = eval_windows(make_store([10, 13]), 4)
-    assert batch.tokens.ravel().tolist() == list(range(20))
-    assert len(eval_windows(make_store([23]), 4, max_tokens=13).tokens) == 3
-    assert len(eval_windows(make_store([23]), 4, max_tokens=1).tokens) == 1
-    with pytest.raises(ConfigError, match=r"store: expected at least 24 tokens \(data.seq_len \+ 1\), got 23"):
-        eval_windows(make_store([23]), 23)
 
 
 # ---------------------------------------------------------------------------------------------------------------- order

@@ -234,13 +234,13 @@ import sys
 for name in ("datasets", "transformers", "tokenizers", "grain", "pyarrow", "torch"):
     sys.modules[name] = None
 from jsparse.config import DataConfig, Source
-from jsparse.data import Loader, eval_windows, open_source
+from jsparse.data import Loader, open_source
 from jsparse.parallel import single_device_mesh
 sources = tuple(Source(path) for path in sys.argv[1:])
 stores = [open_source(source, None, "unused", 100) for source in sources]
 loader = Loader(stores, DataConfig(train=sources, seq_len=8, batch_size=4))
 with loader.iterate(0, single_device_mesh()) as batches:
-    print(next(batches).tokens.shape, [eval_windows(s, 8).tokens.shape[0] for s in stores])
+    print(next(batches).tokens.shape, [windows.count for windows in loader.windows])
 try:
     open_source(Source("text.txt"), ".", "unused", 100)
 except ValueError as error:

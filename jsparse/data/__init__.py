@@ -1,6 +1,6 @@
 """Text to token windows: stores, order, packing, prefetch."""
 
-from jsparse.data.loader import Batch, Loader, eval_windows
+from jsparse.data.loader import Batch, Loader
 from jsparse.data.store import Store, build, open_source
 
-__all__ = ["Batch", "Loader", "Store", "build", "eval_windows", "open_source"]
+__all__ = ["Batch", "Loader", "Store", "build", "open_source"]

@@ -100,20 +100,6 @@ def collate(rows: Sequence[tuple[Store, Sequence[Span]]], seq_len: int, segments
     return batch
 
 
-def eval_windows(store: Store, seq_len: int, max_tokens: int | None = None) -> Batch:
-    """The windows of `cut` in the order of the text, as numpy arrays [windows, T].
-
-    Args:
-        max_tokens: stops at the last window that ends by then; at least one comes.
-
-    Raises:
-        ConfigError: fewer tokens than one window.
-    """
-    windows = _at_least_one(cut(store, seq_len), store, seq_len)
-    count = windows.count if max_tokens is None else min(windows.count, max(1, max_tokens // seq_len))
-    return collate([(store, windows.spans(i)) for i in range(count)], seq_len, segments=False)
-
-
 def _at_least_one(windows: Windows, store: Store, seq_len: int) -> Windows:
     if windows.count == 0:
         need = f"at least {seq_len + 1} tokens (data.seq_len + 1)"
