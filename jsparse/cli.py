@@ -829,10 +829,8 @@ class Predict:
     overwrite: bool = False  # replace the folder's predictors
 
     def run(self) -> None:
-        import numpy as np
-
-        from jsparse.inference import pack
-        from jsparse.inference.perplexity import evaluate, predicted_perplexity
+        from jsparse.inference import evaluate
+        from jsparse.inference.predictors import keep, try_recall
         from jsparse.methods import predictor
 
         target = Path(self.model) / predictor.FILE
@@ -856,35 +854,26 @@ class Predict:
             active = next(iter(measured.values())).active
             print(f"active: {active.mean():.2%} of the neurons; without predictors a token reads "
                   f"{(1 + 2 * active.mean()) / 3:.2%} of the FFNs; perplexity {exact:.3f}")  # fmt: skip
-            rows: list[dict[str, Any]] = []
+            trials = []
             for recall in self.recall:
-                picks = predictor.choose(measured, config, recall)
-                found = {name: float(np.mean([getattr(pick, name) for pick in picks]))
-                         for name in ("recall", "precision", "sparsity", "share")}  # fmt: skip
-                packed = pack(params, config, predictor.assemble(made, picks))
-                found["perplexity"] = predicted_perplexity(packed, config, held_out, seq_len=self.seq_len)
-                rows.append({"wanted": recall, **found, "layers": [dataclasses.asdict(pick) for pick in picks]})
-                print(f"recall {found['recall']:.2%}  precision {found['precision']:.2%}  predicted sparsity "
-                      f"{found['sparsity']:.2%}  reads {found['share']:.2%} of the FFNs  perplexity "
-                      f"{found['perplexity']:.3f}  ranks {_ranks(picks)}", flush=True)  # fmt: skip
-
-            def order(row: dict[str, Any]) -> tuple[bool, float]:
-                beyond = row["perplexity"] > exact * (1 + self.rise)
-                return beyond, row["perplexity" if beyond else "share"]
-
-            kept = min(rows, key=order)
-            dear = f", though it costs more than {self.rise:.1%} of the perplexity" if order(kept)[0] else ""
-            print(f"kept: recall {kept['wanted']:g}{dear}")
-            picks = predictor.choose(measured, config, kept["wanted"])
-            predictor.save(self.model, predictor.assemble(made, picks))
+                trials.append(try_recall(made, measured, params, config, held_out, recall, seq_len=self.seq_len))
+                found = trials[-1]
+                print(f"recall {found.recall:.2%}  precision {found.precision:.2%}  predicted sparsity "
+                      f"{found.sparsity:.2%}  reads {found.share:.2%} of the FFNs  perplexity {found.perplexity:.3f}  "
+                      f"ranks {_ranks(found.layers)}", flush=True)  # fmt: skip
+            kept, cheap = keep(trials, exact, self.rise)
+            dear = "" if cheap else f", though it costs more than {self.rise:.1%} of the perplexity"
+            print(f"kept: recall {kept.wanted:g}{dear}")
+            predictor.save(self.model, predictor.assemble(made, kept.layers))
             if self.powerinfer:
                 largest = max(made)
-                ranked = [made[pick.rank or largest][layer] for layer, pick in enumerate(picks)]
+                ranked = [made[pick.rank or largest][layer] for layer, pick in enumerate(kept.layers)]
                 predictor.powerinfer(self.powerinfer, ranked, params)
         whole = {rank: {name: x.tolist() for name, x in vars(curve).items()} for rank, curve in measured.items()}
-        _write_json(target.with_suffix(".json"), {"command": "predict", "settings": dataclasses.asdict(self),
-                                                  "perplexity": exact, "chosen": rows, "kept": kept["wanted"],
-                                                  "curves": whole})  # fmt: skip
+        _write_json(target.with_suffix(".json"),
+                    {"command": "predict", "settings": dataclasses.asdict(self), "perplexity": exact,
+                     "chosen": [dataclasses.asdict(trial) for trial in trials], "kept": kept.wanted,
+                     "curves": whole})  # fmt: skip
 
 
 def _ranks(picks: Sequence[Any]) -> str:
