@@ -10,7 +10,7 @@ demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ from jsparse.methods.packing import pack_params
 from pallas_kernels.neuron_sparse_ffn import Predictor
 from tests.helpers import random_params, tiny_config
 
+pytestmark = pytest.mark.every_jax
+
 PROMPTS = [np.random.default_rng(0).integers(1, 67, size=n).tolist() for n in (9, 14)]
 ROUTED = tiny_config(eos_token_id=None, router=Router(8))
 

@@ -13,6 +13,8 @@ from jsparse.inference import Sampling, decoder, generate
 from jsparse.inference.generate import Choice, _decode, _filters, _prefill, bucket, filter_logits
 from tests.helpers import from_torch, tiny_config, torch_model
 
+pytestmark = pytest.mark.every_jax
+
 CONFIG = tiny_config(activation=Relu(), eos_token_id=None, max_position_embeddings=128)
 WARM = Sampling(temperature=1.0)
 rng = np.random.default_rng(0)

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Activation, PackedFFN, Predictor, block_sparse_ffn, neuron_sparse_ffn
 from tests.aot import H100, TARGETS, compile_for
 
+pytestmark = pytest.mark.every_jax
+
 SHAPES = {"llama2-7b": (4096, 11008), "llama2-13b": (5120, 13824), "llama3-8b": (4096, 14336), "smollm2": (576, 1536)}
 BLOCK, RANK = 32, 128
 

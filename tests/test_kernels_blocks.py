@@ -1,6 +1,7 @@
 """The block-sparse product: every backend against the float32 reference, forward and backward."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import BlockSparse, block_sparse_matmul, pack_blocks, unpack_blocks
 from tests.aot import H100, TARGETS, compile_for
 from tests.kernels import BACKENDS, assert_close, random
+
+pytestmark = pytest.mark.every_jax
 
 REFERENCE = {"implementation": "reference"}
 TPU = BACKENDS["mosaic_tpu"]
@@ -74,6 +77,13 @@ def value_and_gradients(x: jax.Array, weight: BlockSparse, dy: jax.Array, **back
     return both(x, weight, dy)
 
 
+@functools.cache
+def product(case: Case) -> tuple[tuple[jax.Array, BlockSparse, jax.Array], Any]:
+    """The operands and what the reference makes of them, which all backends are held against."""
+    operands = case.operands()
+    return operands, value_and_gradients(*operands, **REFERENCE)
+
+
 RUNS = [
     pytest.param(case, backend, id=f"{case_name}-{name}")
     for case_name, case in CASES.items()
@@ -84,10 +94,10 @@ RUNS = [
 
 @pytest.mark.parametrize(("case", "backend"), RUNS)
 def test_forward_and_gradients(case: Case, backend: dict[str, Any]) -> None:
-    x, weight, dy = case.operands()
-    got = value_and_gradients(x, weight, dy, **backend)
+    operands, expected = product(case)
+    got = value_and_gradients(*operands, **backend)
     assert all(array.dtype == case.dtype for array in got)
-    assert_close(got, value_and_gradients(x, weight, dy, **REFERENCE), case.dtype)
+    assert_close(got, expected, case.dtype)
 
 
 def test_reference_is_the_masked_dense_product() -> None:
@@ -145,10 +155,10 @@ def test_outputs_over_tensor(backend: dict[str, Any]) -> None:
 
 
 def test_no_races_on_tpus() -> None:
-    x, weight, dy = CASES["blocks of 128, odd sizes"].operands()
+    operands, expected = product(CASES["blocks of 128, odd sizes"])
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    got = value_and_gradients(x, weight, dy, implementation="mosaic_tpu", interpret=interpret)
-    assert_close(got, value_and_gradients(x, weight, dy, **REFERENCE))
+    got = value_and_gradients(*operands, implementation="mosaic_tpu", interpret=interpret)
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("target", TARGETS)

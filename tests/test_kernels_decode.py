@@ -11,6 +11,8 @@ from pallas_kernels.matvec import matvec
 from tests.aot import H100, compile_for
 from tests.kernels import BACKENDS, assert_close, random, run
 
+pytestmark = pytest.mark.every_jax
+
 # rows, slots, query heads, key-value heads, head dim, filled slots
 ATTENTION = [(1, 640, 8, 8, 32, 517), (3, 64, 4, 2, 32, 0), (2, 32, 4, 1, 64, 31), (2, 512, 6, 2, 32, 130)]
 
@@ -36,8 +38,8 @@ def test_attention(shape, backend):
 @pytest.mark.parametrize("backend", ["xla", "triton"])
 def test_attention_in_half_precision(backend):
     case = attention_case(2, 256, 4, 2, 32, 200, dtype=jnp.bfloat16)
-    expected = decode_attention(*case, implementation="reference")
-    assert_close(decode_attention(*case, **BACKENDS[backend]), expected, jnp.bfloat16)
+    expected = run(decode_attention, *case, implementation="reference")
+    assert_close(run(decode_attention, *case, **BACKENDS[backend]), expected, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
@@ -48,7 +50,7 @@ def test_attention_sees_what_it_should(backend):
     slots = jnp.arange(64)[None, :, None, None]
     hidden = (slots < start[:, None, None, None]) | (slots > length)
     keys, values = (jnp.where(hidden, 1e9, x) for x in (keys, values))
-    y, _, _ = decode_attention(qkv, keys, values, cos, sin, start, length, **BACKENDS[backend])
+    y, _, _ = run(decode_attention, qkv, keys, values, cos, sin, start, length, **BACKENDS[backend])
     np.testing.assert_allclose(y[1], qkv[1, 4 * 32 :], rtol=1e-6)
     assert np.abs(y).max() < 10
 

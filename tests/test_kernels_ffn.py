@@ -18,6 +18,8 @@ from pallas_kernels.ffn import activate
 from pallas_kernels.triton import erf
 from tests.kernels import BACKENDS, assert_close, random, run
 
+pytestmark = pytest.mark.every_jax
+
 SILU, RELU = Activation("silu"), Activation("relu")
 
 

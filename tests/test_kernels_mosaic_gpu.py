@@ -38,6 +38,8 @@ from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_sparse  # noqa: 
 from pallas_kernels.block_sparse_matmul import mosaic_gpu as matmul  # noqa: E402
 from pallas_kernels.neuron_sparse_ffn import mosaic_gpu as neuron_sparse  # noqa: E402
 
+pytestmark = pytest.mark.every_jax
+
 ONE = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))  # the interpreter takes no more
 Tuning, Exact = shared.Tuning, neuron_sparse.Tuning
 NARROW = Case(width=128, neurons=24, block=4)  # the narrowest that the layouts allow: the interpreter is slow

@@ -17,6 +17,8 @@ from pallas_kernels import Activation, PackedNM, nm_ffn, nm_matmul, pack, unpack
 from tests.aot import H100, TARGETS, compile_for
 from tests.kernels import BACKENDS, assert_close, random, run
 
+pytestmark = pytest.mark.every_jax
+
 REFERENCE = {"implementation": "reference"}
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 every_axis = pytest.mark.parametrize("axis", ["input", "output"])
@@ -155,18 +157,35 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@functools.cache
+def product(case: Case, axis: str) -> tuple[jax.Array, PackedNM, jax.Array]:
+    """x, the weight and the reference's product, which all backends are held against."""
+    x, weight = case.x(), case.weight(axis)
+    return x, weight, run(nm_matmul, x, weight, **REFERENCE)
+
+
+@functools.cache
+def fed_forward(
+    case: Case, axes: tuple[str, str], activation: Activation, residual: bool
+) -> tuple[tuple[Any, ...], dict[str, Any], jax.Array]:
+    """The operands of the FFN, its settings and the reference's result."""
+    operands = case.x(), *case.ffn(axes)
+    settings = {"activation": activation, "residual": random(7, case.tokens, case.inputs) if residual else None}
+    return operands, settings, run(nm_ffn, *operands, **settings, **REFERENCE)
+
+
 @every_backend
 @every_axis
 @every_case
 def test_matmul(case: Case, axis: str, backend: dict[str, Any]) -> None:
-    x, weight = case.x(), case.weight(axis)
+    x, weight, expected = product(case, axis)
     if case.dtype == jnp.float16 and backend["implementation"] == "mosaic_tpu":
         with pytest.raises(ValueError, match="'mosaic_tpu': expected float32 or bfloat16, got float16"):
             nm_matmul(x, weight, **backend)
         return
     got = run(nm_matmul, x, weight, **backend)
     assert got.dtype == case.dtype
-    assert_close(got, run(nm_matmul, x, weight, **REFERENCE), case.dtype)
+    assert_close(got, expected, case.dtype)
 
 
 @every_axis
@@ -179,22 +198,18 @@ def test_reference_is_the_dense_product(axis: str) -> None:
 @every_backend
 @pytest.mark.parametrize("axes", [("output", "input"), ("input", "input"), ("output", "output"), ("input", "output")])
 def test_ffn(axes: tuple[str, str], backend: dict[str, Any]) -> None:
-    tokens = 2
-    case = Case(tokens=tokens, outputs=48)
-    x, matrices, residual = case.x(), case.ffn(axes), random(7, tokens, case.inputs)
-    op = functools.partial(run, nm_ffn, x, *matrices, residual=residual, activation=Activation("fatrelu", 0.3))
-    assert_close(op(**backend), op(**REFERENCE))
+    operands, settings, expected = fed_forward(Case(tokens=2, outputs=48), axes, Activation("fatrelu", 0.3), True)
+    assert_close(run(nm_ffn, *operands, **settings, **backend), expected)
 
 
 @every_backend
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16, 16 tokens", "1:2"])
 def test_ffn_of_other_cases(name: str, backend: dict[str, Any]) -> None:
     case = CASES[name]
-    x, matrices = case.x(), case.ffn(("output", "input"))
-    op = functools.partial(run, nm_ffn, x, *matrices, activation=Activation("gelu"))
-    got = op(**backend)
+    operands, settings, expected = fed_forward(case, ("output", "input"), Activation("gelu"), False)
+    got = run(nm_ffn, *operands, **settings, **backend)
     assert got.dtype == case.dtype
-    assert_close(got, op(**REFERENCE), case.dtype)
+    assert_close(got, expected, case.dtype)
 
 
 @every_backend

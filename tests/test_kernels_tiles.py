@@ -1,6 +1,7 @@
 """The tile-sparse product: every backend against the float32 reference, forward and backward."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import tile_sparse_matmul
 from tests.aot import H100, TARGETS, compile_for
 from tests.kernels import BACKENDS, assert_close, random
+
+pytestmark = pytest.mark.every_jax
 
 REFERENCE = {"implementation": "reference"}
 TPU = BACKENDS["mosaic_tpu"]
@@ -73,6 +76,13 @@ def value_and_gradients(
     return both(x, weight, mask, dy)
 
 
+@functools.cache
+def product(case: Case, sparse: str) -> tuple[tuple[jax.Array, ...], Any]:
+    """The operands and what the reference makes of them, which all backends are held against."""
+    operands = case.operands(sparse)
+    return operands, value_and_gradients(sparse, case.tile, *operands, **REFERENCE)
+
+
 RUNS = [
     pytest.param(case, backend, id=f"{case_name}-{name}")
     for case_name, case in CASES.items()
@@ -84,10 +94,10 @@ RUNS = [
 @either_side
 @pytest.mark.parametrize(("case", "backend"), RUNS)
 def test_forward_and_gradients(case: Case, backend: dict[str, Any], sparse: str) -> None:
-    operands = case.operands(sparse)
+    operands, expected = product(case, sparse)
     got = value_and_gradients(sparse, case.tile, *operands, **backend)
     assert all(array.dtype == case.dtype for array in got)
-    assert_close(got, value_and_gradients(sparse, case.tile, *operands, **REFERENCE), case.dtype)
+    assert_close(got, expected, case.dtype)
 
 
 @either_side
@@ -160,10 +170,10 @@ def test_ffn_with_blocks_over_tensor(backend: dict[str, Any]) -> None:
 @either_side
 def test_no_races_on_tpus(sparse: str) -> None:
     case = CASES["blocks of 128, odd sizes"]
-    operands = case.operands(sparse)
+    operands, expected = product(case, sparse)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     got = value_and_gradients(sparse, case.tile, *operands, implementation="mosaic_tpu", interpret=interpret)
-    assert_close(got, value_and_gradients(sparse, case.tile, *operands, **REFERENCE))
+    assert_close(got, expected)
 
 
 @either_side

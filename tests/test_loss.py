@@ -7,6 +7,8 @@ import pytest
 
 from jsparse.train.loss import Teacher, token_loss
 
+pytestmark = pytest.mark.every_jax
+
 B, T, D, V = 2, 13, 8, 37
 
 

@@ -39,6 +39,8 @@ from tests.helpers import (
     torch_model,
 )
 
+pytestmark = pytest.mark.every_jax
+
 T = 24  # beyond the original context of 16 that the scaled rotary embeddings below have
 YARN = YarnRope(factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.1)
 LONG = LongRope((1.0, 1.1, 1.3, 1.5), (1.5, 2.0, 3.0, 4.0), original_max_position_embeddings=16)

@@ -14,6 +14,8 @@ from jsparse import model, parallel
 from jsparse.config import ConfigError, MeshConfig
 from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 
+pytestmark = pytest.mark.every_jax
+
 CONFIG = tiny_config(vocab_size=64, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True)
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 

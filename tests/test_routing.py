@@ -13,6 +13,8 @@ from jsparse.inference import evaluate, generate
 from jsparse.model import routing
 from tests.helpers import assert_trees_close, random_params, tiny_config, tokens
 
+pytestmark = pytest.mark.every_jax
+
 DENSE = tiny_config(vocab_size=64)  # F = 48
 IDS = tokens(DENSE, 2, 9)
 forward = jax.jit(model.forward, static_argnames="config")

@@ -38,6 +38,8 @@ from jsparse.train.metrics import Speed, flops_per_token, read_metrics
 from tests.helpers import random_params
 from tests.train_helpers import MODEL, recipe
 
+pytestmark = pytest.mark.every_jax
+
 TIMES = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_peak"}
 
 

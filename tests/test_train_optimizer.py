@@ -14,6 +14,8 @@ from jsparse.config import ConfigError, ConstantLr, CosineLr, OptimizerConfig, W
 from jsparse.train.optimizer import decay_mask, learning_rate, make_optimizer
 from tests.helpers import assert_trees_close, tiny_config
 
+pytestmark = pytest.mark.every_jax
+
 WARM = CosineLr(warmup_steps=3, final=0.1)
 
 

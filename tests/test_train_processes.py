@@ -16,6 +16,8 @@ from jsparse.train.metrics import read_metrics
 from tests.helpers import assert_trees_close
 from tests.train_pair import config
 
+pytestmark = pytest.mark.every_jax
+
 
 def test_two_processes_match_one(tmp_path):
     config(tmp_path, "pair")  # writes the tokens

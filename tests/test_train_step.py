@@ -26,6 +26,8 @@ from jsparse.train.step import make_step
 from tests.helpers import assert_trees_close, random_params
 from tests.train_helpers import MODEL, batches, recipe
 
+pytestmark = pytest.mark.every_jax
+
 ONE = parallel.single_device_mesh
 
 
