@@ -56,25 +56,26 @@ class Output:
                         self._ref[self._program, b, k] = jnp.zeros(k.size, jnp.float32)
 
 
-def call(kernel: Callable[..., None], out: jax.ShapeDtypeStruct, *, programs: int, warps: int, stages: int = 1,
-         interpret: Any, aliases: dict[int, int] | None = None) -> Callable[..., jax.Array]:  # fmt: skip
-    """`pl.pallas_call` on the Triton backend, every array whole in global memory.
+def call(kernel: Callable[..., None], out: Any, *, programs: int | tuple[int, ...], warps: int, stages: int = 1,
+         interpret: Any, aliases: dict[int, int] | None = None, name: str | None = None) -> Callable[..., Any]:  # fmt: skip
+    """`pl.pallas_call` on the Triton backend, every array whole in global memory; `out` is one shape or a list.
 
     JAX warns at lowering that it will drop this backend. Nobody who calls our operations can act on that, so the
     warning is turned off here, for this message alone.
     """
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-    def run(*operands: jax.Array) -> jax.Array:
+    def run(*operands: jax.Array) -> Any:
         return pl.pallas_call(
             kernel,
-            grid=(programs,),
+            grid=programs if isinstance(programs, tuple) else (programs,),
             in_specs=[pl.no_block_spec] * len(operands),
-            out_specs=pl.no_block_spec,
+            out_specs=jax.tree.map(lambda _: pl.no_block_spec, out),
             out_shape=out,
             input_output_aliases=aliases or {},
             compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
             interpret=interpret,
+            name=name,
         )(*operands)
 
     return run
@@ -137,10 +138,10 @@ def load_tokens(x_ref: Any, chunks: Sequence[Any]) -> list[list[jax.Array]]:
     return [[x_ref[b, k] for k in chunks] for b in range(x_ref.shape[0])]
 
 
-def load_weights(w_ref: Any, rows: Any, k: Any, keep: jax.Array | None = None, again: bool = False) -> jax.Array:
-    """A tile [rows, chunk], not to stay in the cache unless it is read `again`. Rows outside `keep` are not read."""
+def load_weights(w_ref: Any, rows: Any, k: Any, keep: jax.Array | None = None) -> jax.Array:
+    """A tile [rows, chunk], not to stay in the cache. Rows outside `keep` are not read."""
     if keep is None:
-        return plt.load(w_ref.at[rows, k], eviction_policy=None if again else "evict_first")
+        return plt.load(w_ref.at[rows, k], eviction_policy="evict_first")
     index = rows[:, None], k.start + jnp.arange(k.size)[None]
     return plt.load(w_ref.at[index], mask=keep[:, None], other=0.0, eviction_policy="evict_first")
 
@@ -151,7 +152,6 @@ def row_products(
     x: list[list[jax.Array]],
     chunks: Sequence[Any],
     keep: jax.Array | None = None,
-    again: bool = False,
     ahead: Callable[[], Any] | None = None,
 ) -> list[list[jax.Array]]:
     """Products of rows of several matrices with every token: [matrix][token], each float32 [rows].
@@ -169,7 +169,7 @@ def row_products(
     for _, same_size in itertools.groupby(enumerate(chunks), key=lambda chunk: chunk[1].size):
         sums: list[list[Any]] = [[0.0] * len(x) for _ in w_refs]
         for c, k in same_size:
-            for m, tile in enumerate([load_weights(w_ref, rows, k, keep, again) for w_ref in w_refs]):
+            for m, tile in enumerate([load_weights(w_ref, rows, k, keep) for w_ref in w_refs]):
                 sums[m] = [s + per_thread(tile, token[c]) for s, token in zip(sums[m], x, strict=True)]
         partial.append(sums)
     if ahead is not None:

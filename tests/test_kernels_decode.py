@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_rms_norm import add_norm_route, add_rms_norm
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.matvec import matvec
 from tests.aot import H100, compile_for
@@ -92,8 +92,26 @@ def test_norm_refuses():
         add_rms_norm(x, scale, 1e-5, jnp.float32, delta=x.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="scale: expected float32"):
         add_rms_norm(x, scale.astype(jnp.bfloat16), 1e-5, jnp.float32)
+    with pytest.raises(ValueError, match=r"router: expected \[E, 64\], got shape \(4, 32\)"):
+        add_norm_route(x, scale, 1e-5, jnp.float32, random(3, 4, 32), jnp.float32(0.5))
     with pytest.raises(ValueError, match="'triton': expected a width of at most 16384, got 20000"):
         add_rms_norm(random(0, 1, 20000), random(1, 20000), 1e-5, jnp.float32, implementation="triton")
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize(("rows", "width", "blocks"), [(1, 128, 6), (3, 96, 5), (5, 64, 4)])
+def test_norm_and_route(rows, width, blocks, backend):
+    x, scale, delta, router = random(0, rows, width), random(1, width), random(2, rows, width), random(3, blocks, width)
+    threshold = jnp.float32(0.6)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        y, normed, mask = add_norm_route(x, scale, 1e-5, dtype, router, threshold, delta=delta, **BACKENDS[backend])
+        assert_close((y, normed), add_rms_norm(x, scale, 1e-5, dtype, delta=delta, implementation="reference"), dtype)
+        scores = np.asarray(normed, np.float64) @ np.asarray(router, np.float64).T  # of what it says it has normalised
+        sure = np.abs(scores - np.log(0.6 / 0.4)) > 1e-5
+        assert mask.dtype == bool and sure.mean() > 0.9
+        np.testing.assert_array_equal(np.asarray(mask)[sure], (scores > np.log(0.6 / 0.4))[sure])
+    y, normed, _ = add_norm_route(x, scale, 1e-5, jnp.float32, router, threshold, **BACKENDS[backend])
+    assert_close((y, normed), add_rms_norm(x, scale, 1e-5, jnp.float32, implementation="reference"))
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
@@ -104,6 +122,8 @@ def test_product(tokens, inputs, outputs, dtype, backend):
     got = matvec(x, weight, **BACKENDS[backend])
     assert got.dtype == jnp.float32
     assert_close(got, matvec(x, weight, implementation="reference"), dtype)
+    rounded = matvec(x, weight, dtype=jnp.bfloat16, **BACKENDS[backend])
+    np.testing.assert_array_equal(rounded, got.astype(jnp.bfloat16))
 
 
 def test_product_refuses():
@@ -130,3 +150,6 @@ def test_norm_compiles_for_the_h100(width):
     x, scale = jax.ShapeDtypeStruct((4, width), jnp.float32), jax.ShapeDtypeStruct((width,), jnp.float32)
     compile_for(H100, lambda x, scale, delta: add_rms_norm(
         x, scale, 1e-5, jnp.bfloat16, delta=delta, implementation="triton"), x, scale, x)  # fmt: skip
+    router, threshold = jax.ShapeDtypeStruct((344, width), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    compile_for(H100, lambda x, scale, *router: add_norm_route(
+        x, scale, 1e-5, jnp.bfloat16, *router, delta=x, implementation="triton"), x, scale, router, threshold)  # fmt: skip

@@ -131,6 +131,16 @@ def test_block_sparse(case: Case, backend: dict[str, Any]) -> None:
         assert_close(got, expected_of(case, "block"), case.dtype)
 
 
+@every_backend
+@pytest.mark.parametrize("case", [Case(2, width=80, neurons=7 * 24, block=24), Case(dtype=jnp.bfloat16)])
+def test_every_block(case: Case, backend: dict[str, Any]) -> None:
+    """Neither a router nor a mask: the dense FFN."""
+    x, weights = case.x(), case.weights()
+    every = jnp.ones((case.tokens, case.neurons // case.block), bool)
+    expected = block_ffn(case, x, weights, mask=every, implementation="reference")
+    assert_close(run(functools.partial(block_ffn, case), x, weights, **backend), expected, case.dtype)
+
+
 @pytest.mark.parametrize("case", [Case(activation=RELU), Case(5, activation=RELU, dtype=jnp.bfloat16, active=0.3)])
 def test_deterministic(case: Case) -> None:
     """The kernels with atomics, without them: on ordinary cores, and on tensor cores, to which five tokens go."""
@@ -295,7 +305,7 @@ def test_no_races_on_a_tpu(op: str, capfd: pytest.CaptureFixture[str]) -> None:
     ("change", "message"),
     [
         ({"block_size": 36}, "block_size: expected a divisor of the 48 neurons, got 36"),
-        ({"mask": None}, "router, mask: expected exactly one"),
+        ({"router": jnp.ones((3, 64))}, "router, mask: expected at most one of them, got both"),
         ({"mask": jnp.ones((1, 5), bool)}, r"mask: expected bool \(1, 3\)"),
         ({"x": jnp.ones((1, 32))}, r"weights.gate: expected shape \(48, 32\)"),
         ({"x": jnp.ones((1, 64), jnp.bfloat16)}, "weights.gate: expected the dtype of x, bfloat16, got float32"),

@@ -36,7 +36,7 @@ from jsparse.config import LayerShape, LlamaConfig, check
 from jsparse.model import Cache, Params, activate, rms_norm, routing
 from jsparse.model.llama import cached_place
 from jsparse.model.modules import LayerCache, Place, mix_heads
-from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_rms_norm import add_norm_route, add_rms_norm
 from pallas_kernels.backend import Implementation as KernelImplementation
 from pallas_kernels.block_sparse_ffn import block_sparse_ffn
 from pallas_kernels.decode_attention import decode_attention
@@ -270,9 +270,17 @@ def _layer_of_step(
         delta, layer_cache = _attend_once(layer.attention, normed, config, shape, place, layer_cache, start, length,
                                           rest)  # fmt: skip
     with jax.named_scope("ffn"):
-        x, normed = _add_norm(x, layer.ffn_norm, delta, dtype, config, rest)
-        if implementation != "dense" and sparse_kind(layer.ffn, config) is not None:
-            return sparse_ffn(layer.ffn, normed, x, config, implementation), None, layer_cache
+        kind = None if implementation == "dense" else sparse_kind(layer.ffn, config)
+        mask = None
+        if kind == "blocks":
+            x, normed, mask = add_norm_route(
+                x, layer.ffn_norm, config.rms_norm_eps, dtype, layer.ffn.router, layer.ffn.router_threshold, delta=delta,
+                implementation=rest, interpret=_interpreted(),
+            )  # fmt: skip
+        else:
+            x, normed = _add_norm(x, layer.ffn_norm, delta, dtype, config, rest)
+        if kind is not None:
+            return sparse_ffn(layer.ffn, normed, x, config, implementation, mask), None, layer_cache
         if rest != "xla" and _streams(layer.ffn, normed, config):
             return whole_ffn(layer.ffn, normed, x, config, rest), None, layer_cache
         return x, dense_ffn(layer.ffn, normed, config), layer_cache
@@ -328,7 +336,9 @@ def _attend_once(
         y, layer_cache = _attention(attention, x[:, None], config, shape, place, layer_cache)
         return y[:, 0], layer_cache
     product = functools.partial(matvec, implementation=rest, interpret=_interpreted())
-    qkv = _add(product(x, attention.qkv), attention.qkv_bias).astype(x.dtype)
+    exact = attention.qkv_bias is not None
+    qkv = product(x, attention.qkv, dtype=jnp.float32 if exact else x.dtype)
+    qkv = _add(qkv, attention.qkv_bias).astype(x.dtype)
     y, *filled = decode_attention(qkv, *layer_cache, place.cos[:, 0], place.sin[:, 0], start, length,
                                   implementation=rest, interpret=_interpreted())  # fmt: skip
     return _add(product(y, attention.output), attention.output_bias), LayerCache(*filled)
@@ -359,9 +369,18 @@ def sparse_kind(ffn: Ffn, config: LlamaConfig) -> Kind | None:
 
 
 def sparse_ffn(
-    ffn: Ffn, x: jax.Array, residual: jax.Array, config: LlamaConfig, implementation: Implementation
+    ffn: Ffn,
+    x: jax.Array,
+    residual: jax.Array,
+    config: LlamaConfig,
+    implementation: Implementation,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
-    """residual + FFN(x) by a kernel that reads what is used: x [B, D], residual and result float32 [B, D]."""
+    """residual + FFN(x) by a kernel that reads what is used: x [B, D], residual and result float32 [B, D].
+
+    Args:
+        mask: bool [B, E], the blocks that the router chose; None lets it choose.
+    """
     shared: dict[str, Any] = {
         "activation": _kernel_activation(config.activation),
         "residual": residual,
@@ -371,8 +390,8 @@ def sparse_ffn(
     if isinstance(ffn.weights, NMFfn):
         return nm_ffn(x, *ffn.weights, **shared)
     if config.router is not None:
-        return block_sparse_ffn(x, ffn.weights, ffn.router, ffn.router_threshold,
-                                block_size=config.router.block_size, **shared)  # fmt: skip
+        choice = {"mask": mask} if mask is not None else {"router": ffn.router, "threshold": ffn.router_threshold}
+        return block_sparse_ffn(x, ffn.weights, **choice, block_size=config.router.block_size, **shared)
     return neuron_sparse_ffn(x, ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
 
 
@@ -393,10 +412,9 @@ def whole_ffn(
     """residual + FFN(x) with every neuron computed, by the block-sparse kernel with every block in use."""
     neurons = ffn.weights.gate.shape[0]
     block = next(size for size in (32, 16, 8, neurons) if neurons % size == 0)
-    mask = jnp.ones((x.shape[0], neurons // block), bool)
     activation = _kernel_activation(config.activation)
     assert activation is not None
-    return block_sparse_ffn(x, ffn.weights, mask=mask, block_size=block, activation=activation, residual=residual,
+    return block_sparse_ffn(x, ffn.weights, block_size=block, activation=activation, residual=residual,
                             implementation=rest, interpret=_interpreted())  # fmt: skip
 
 

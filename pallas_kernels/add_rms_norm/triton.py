@@ -1,7 +1,10 @@
-"""The residual addition with RMSNorm in one launch on an NVIDIA GPU: a program a row."""
+"""The residual addition with RMSNorm in one launch on an NVIDIA GPU: a program a row.
+
+With a router, a program scores two of its blocks, and each normalises all rows for itself: that takes no longer than its
+rows of the router take to arrive, and less than a launch.
+"""
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -9,6 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import triton as shared
+from pallas_kernels.add_rms_norm import reference
+from pallas_kernels.block_sparse_ffn.reference import Router
+
+MOST = 4  # rows that are worth normalising again and again
 LARGEST = 16_384  # values of a row that a program's registers hold
 
 
@@ -23,15 +31,12 @@ def add_rms_norm(
     rows, width = x.shape
     operands = (x, scale) if delta is None else (x, scale, delta)
     normed = jax.ShapeDtypeStruct(x.shape, dtype)
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    found = pl.pallas_call(
+    found = shared.call(
         functools.partial(_kernel, eps=eps, size=pl.next_power_of_2(width), width=width),
-        grid=(rows,),
-        in_specs=[pl.no_block_spec] * len(operands),
-        out_specs=[pl.no_block_spec] * (1 if delta is None else 2),
-        out_shape=[normed] if delta is None else [normed, jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        input_output_aliases={} if delta is None else {0: 1},
-        compiler_params=plt.CompilerParams(num_warps=8 if width > 1024 else 4, num_stages=1),
+        [normed] if delta is None else [normed, jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        programs=rows,
+        warps=8 if width > 1024 else 4,
+        aliases={} if delta is None else {0: 1},
         interpret=interpret,
         name="add_rms_norm",
     )(*operands)
@@ -56,3 +61,46 @@ def _kernel(x_ref: Any, scale_ref: Any, *refs: Any, eps: float, size: int, width
     scale = plt.load(scale_ref.at[columns], mask=mask, other=None if mask is None else 0.0)
     normed = y * jax.lax.rsqrt(jnp.sum(y * y) / width + eps) * scale
     plt.store(out_ref.at[rows, columns], normed.astype(out_ref.dtype), mask=mask)
+
+
+def add_norm_route(
+    x: jax.Array,
+    scale: jax.Array,
+    eps: float,
+    dtype: Any,
+    router: Router,
+    delta: jax.Array | None,
+    *,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `reference.add_norm_route`."""
+    (rows, width), blocks = x.shape, router.weight.shape[0]
+    if rows > MOST:
+        return reference.add_norm_route(x, scale, eps, dtype, router, delta)
+    some = shared.power_of_two(2, blocks)
+
+    chunks = shared.columns(width, 4096)
+
+    def kernel(x_ref: Any, scale_ref: Any, weight_ref: Any, threshold_ref: Any, *refs: Any) -> None:
+        *delta_refs, sum_ref, normed_ref, mask_ref = refs
+        mine = pl.ds(pl.program_id(0) * some, some)
+        tiles = [shared.load_weights(weight_ref, mine, k) for k in chunks]  # on their way while rows are normalised
+        for b in range(rows):
+            y = [functools.reduce(jnp.add, [ref[b, k] for ref in (x_ref, *delta_refs)]) for k in chunks]
+            square = functools.reduce(jnp.add, [jnp.sum(part * part) for part in y])
+            inverse = jax.lax.rsqrt(square / width + eps)
+            normed = [(part * inverse * scale_ref[k]).astype(dtype) for part, k in zip(y, chunks, strict=True)]
+            products = [tile.astype(jnp.float32) * part.astype(jnp.float32)[None]
+                        for tile, part in zip(tiles, normed, strict=True)]  # fmt: skip
+            score = functools.reduce(jnp.add, [jnp.sum(product, axis=1) for product in products])
+            mask_ref[b, mine] = jax.lax.logistic(score) > threshold_ref[0]
+
+            @pl.when(pl.program_id(0) == 0)
+            def _(b: int = b, y: Any = y, normed: Any = normed) -> None:
+                for k, whole, part in zip(chunks, y, normed, strict=True):
+                    sum_ref[b, k], normed_ref[b, k] = whole, part
+
+    shapes = (x.shape, x.dtype), (x.shape, dtype), ((rows, blocks), jnp.bool_)
+    run = shared.call(kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], programs=blocks // some, warps=16,
+                      interpret=interpret, name="add_norm_route")  # fmt: skip
+    return tuple(run(x, scale, *router, *(() if delta is None else (delta,))))

@@ -31,7 +31,7 @@ def block_sparse_ffn(
         y = sum over the active blocks e of (act(x Wg_e) * (x Wu_e)) Wd_e
 
     Block e is the neurons [e b, (e + 1) b), b the block size; E = F / b. It is active for a token where
-    sigmoid(router[e] . x) > threshold, or where `mask` says so; one of the two is given. The weights of a block are
+    sigmoid(router[e] . x) > threshold, or where `mask` says so; without either it is always. The weights of a block are
     read if any token of the batch uses it, so that few tokens read little. Sums are float32.
 
     The derivative is with respect to x, the weights and the residual, through dense products; the choice of blocks has
@@ -58,8 +58,8 @@ def block_sparse_ffn(
     if neurons % block_size:
         raise ValueError(f"block_size: expected a divisor of the {neurons} neurons, got {block_size}")
     blocks = neurons // block_size
-    if (router is None) == (mask is None):
-        raise ValueError("router, mask: expected exactly one of them")
+    if router is not None and mask is not None:
+        raise ValueError("router, mask: expected at most one of them, got both")
     if router is not None and router.shape != (blocks, d):
         raise ValueError(f"router: expected shape {(blocks, d)}, got {router.shape}")
     if mask is not None and (mask.shape != (tokens, blocks) or mask.dtype != jnp.bool_):

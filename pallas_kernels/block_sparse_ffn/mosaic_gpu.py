@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic_gpu as shared
+from pallas_kernels.block_sparse_ffn import reference
 from pallas_kernels.block_sparse_ffn.reference import Router
 from pallas_kernels.ffn import Activation, PackedFFN
 from pallas_kernels.mosaic_gpu import Tuning
@@ -15,10 +16,10 @@ def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None
     return shared.unsupported(x)
 
 
-def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
-    """The blocks that each token uses, bool [B, E], as row sums that XLA fuses with the comparison."""
+def active_blocks(x: jax.Array, choice: Router | jax.Array | None, blocks: int) -> jax.Array:
+    """As `reference.active_blocks`, as row sums that XLA fuses with the comparison."""
     if not isinstance(choice, Router):
-        return choice
+        return reference.active_blocks(x, choice, blocks)
     products = x.astype(jnp.float32)[:, None] * choice.weight.astype(jnp.float32)[None]
     return jax.nn.sigmoid(jnp.sum(products, axis=2)) > choice.threshold[0]
 
@@ -26,7 +27,7 @@ def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
 def block_sparse_ffn(
     x: jax.Array,
     weights: PackedFFN,
-    choice: Router | jax.Array,
+    choice: Router | jax.Array | None,
     *,
     residual: jax.Array | None,
     activation: Activation,
@@ -39,7 +40,7 @@ def block_sparse_ffn(
     return shared.chosen_neurons_ffn(
         x,
         weights,
-        active_blocks(x, choice),
+        active_blocks(x, choice, weights.gate.shape[0] // block_size),
         residual,
         activation=activation,
         deterministic=deterministic,

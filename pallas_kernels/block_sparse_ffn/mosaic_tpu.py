@@ -24,7 +24,7 @@ def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None
 def block_sparse_ffn(
     x: jax.Array,
     weights: PackedFFN,
-    choice: Router | jax.Array,
+    choice: Router | jax.Array | None,
     *,
     residual: jax.Array | None,
     activation: Activation,
@@ -33,7 +33,7 @@ def block_sparse_ffn(
     interpret: Any = False,
 ) -> jax.Array:
     """As `reference.block_sparse_ffn`, the hidden values rounded to x's dtype; always deterministic."""
-    scale = active_blocks(x, choice).T.astype(jnp.float32)[:, :, None]
+    scale = active_blocks(x, choice, weights.gate.shape[0] // block_size).T.astype(jnp.float32)[:, :, None]
     return shared.gathered_ffn(
         x, tuple(weights), scale, None, residual=residual, activation=activation, interpret=interpret
     )

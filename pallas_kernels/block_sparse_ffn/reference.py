@@ -20,8 +20,10 @@ def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None
     return None
 
 
-def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
+def active_blocks(x: jax.Array, choice: Router | jax.Array | None, blocks: int) -> jax.Array:
     """The blocks that each token uses: bool [B, E]."""
+    if choice is None:
+        return jnp.ones((x.shape[0], blocks), bool)
     if not isinstance(choice, Router):
         return choice
     return jax.nn.sigmoid(exact(x, choice.weight, 1, 1)) > choice.threshold[0]
@@ -30,7 +32,7 @@ def active_blocks(x: jax.Array, choice: Router | jax.Array) -> jax.Array:
 def block_sparse_ffn(
     x: jax.Array,
     weights: PackedFFN,
-    choice: Router | jax.Array,
+    choice: Router | jax.Array | None,
     *,
     residual: jax.Array | None,
     activation: Activation,
@@ -39,6 +41,10 @@ def block_sparse_ffn(
     interpret: bool = False,
     product: Any = exact,
 ) -> jax.Array:
-    """As `api.block_sparse_ffn`; `choice` is a router or a mask, bool [B, E]; the result float32 [B, D]."""
-    mask = jnp.repeat(active_blocks(x, choice), block_size, axis=1)
+    """As `api.block_sparse_ffn`; `choice` is a router, a mask, bool [B, E], or None for every block; the result float32
+    [B, D]."""
+    mask = None
+    if choice is not None:
+        blocks = weights.gate.shape[0] // block_size
+        mask = jnp.repeat(active_blocks(x, choice, blocks), block_size, axis=1)
     return masked_ffn(x, weights, mask, None, residual, activation, product)

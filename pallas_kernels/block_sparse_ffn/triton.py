@@ -1,9 +1,8 @@
-"""The block-sparse FFN in one launch on an NVIDIA GPU.
+"""The block-sparse FFN on an NVIDIA GPU: one launch, and a short one before it where there is a router.
 
-A program takes some neurons of one block. It scores its block itself, and leaves at once where no token wants it:
-programs beside it score the same block again, from the cache, which costs less than a kernel in front. Otherwise it
-streams its rows of gate and up, applies the activation, streams its rows of down, and adds to the output with atomics,
-right onto the residual stream.
+A program takes some neurons of one block, and leaves at once where no token wants it. Otherwise it streams its rows of
+gate and up, applies the activation, streams its rows of down, and adds to the output with atomics, right onto the
+residual stream.
 """
 
 import functools
@@ -32,17 +31,16 @@ class Tuning:
     down_chunk: int  # columns of down
     warps: int
     stages: int = 2  # loads in flight of the dot path
-    router: Literal["fused", "apart"] = "apart"  # in every program of the fma path, or in a short launch before
     ahead: bool = True  # fma: loads the first chunk of down before gate and up are summed
-    programs: int = 0  # fma, router apart: so many programs share the active rows evenly; 0: one program for any rows
 
 
-def default_tuning(tokens: int, width: int, dtype: Any) -> Tuning:
-    """For an H100, by batch: at one or two tokens few rows a program and all their loads at once, later tensor cores,
-    which round float32."""
-    if tokens <= 2 or dtype == jnp.float32:
-        warps = shared.warps_for(width)
-        return Tuning("fma", rows=4, chunk=4096, down_chunk=4096, warps=warps, programs=264 if tokens == 1 else 0)
+def default_tuning(tokens: int, width: int, dtype: Any, whole: bool) -> Tuning:
+    """For an H100. Few rows a program and all their loads at once leave no processor idle where little is left to do
+    for one or two tokens; otherwise tensor cores, which round float32, stream better."""
+    if dtype == jnp.float32 or (tokens <= 2 and not whole):
+        return Tuning("fma", rows=4, chunk=4096, down_chunk=4096, warps=shared.warps_for(width))
+    if tokens == 1:
+        return Tuning("dot", rows=32, chunk=256, down_chunk=128, warps=4, stages=3)
     return Tuning("dot", rows=32, chunk=128, down_chunk=128, warps=4, stages=4)
 
 
@@ -60,7 +58,7 @@ def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None
 def block_sparse_ffn(
     x: jax.Array,
     weights: PackedFFN,
-    choice: Router | jax.Array,
+    choice: Router | jax.Array | None,
     *,
     residual: jax.Array | None,
     activation: Activation,
@@ -71,18 +69,16 @@ def block_sparse_ffn(
 ) -> jax.Array:
     """As `reference.block_sparse_ffn`, the hidden values rounded to x's dtype on the dot path."""
     neurons = weights.gate.shape[0]
-    tuning = tuning or default_tuning(x.shape[0], x.shape[1], x.dtype)
+    tuning = tuning or default_tuning(x.shape[0], x.shape[1], x.dtype, choice is None)
     tuning = replace(tuning, rows=shared.power_of_two(tuning.rows, block_size))
-    if deterministic or tuning.path == "dot" or tuning.router == "fused":
-        tuning = replace(tuning, programs=0)
-    fused = isinstance(choice, Router) and tuning.path == "fma" and tuning.router == "fused"
-    chosen = tuple(choice) if fused else (_mask(x, choice, interpret),)
+    if isinstance(choice, Router):
+        choice = _mask(x, choice, interpret)
     body: Callable[..., None] = _dot_kernel if tuning.path == "dot" else _fma_kernel
     return shared.accumulate(
         functools.partial(body, activation=activation, block_size=block_size, tuning=tuning),
-        (x, *weights, *chosen),
+        (x, *weights, *(() if choice is None else (choice,))),
         residual,
-        programs=min(tuning.programs or neurons, neurons // tuning.rows),
+        programs=neurons // tuning.rows,
         warps=tuning.warps,
         stages=tuning.stages,
         deterministic=deterministic,
@@ -90,11 +86,9 @@ def block_sparse_ffn(
     )
 
 
-def _mask(x: jax.Array, choice: Router | jax.Array, interpret: Any) -> jax.Array:
-    """The active blocks, int32 [B, E]: a program scores two blocks."""
-    if not isinstance(choice, Router):
-        return choice.astype(jnp.int32)
-    blocks = choice.weight.shape[0]
+def _mask(x: jax.Array, router: Router, interpret: Any) -> jax.Array:
+    """The active blocks, bool [B, E]: a program scores two blocks."""
+    blocks = router.weight.shape[0]
     some = shared.power_of_two(2, blocks)
 
     def kernel(x_ref: Any, weight_ref: Any, threshold_ref: Any, mask_ref: Any) -> None:
@@ -102,10 +96,10 @@ def _mask(x: jax.Array, choice: Router | jax.Array, interpret: Any) -> jax.Array
         rows, chunks = pl.ds(pl.program_id(0) * some, some), shared.columns(x_ref.shape[1], 4096)
         (scores,) = shared.row_products([weight_ref], rows, shared.load_tokens(x_ref, chunks), chunks)
         for b, score in enumerate(scores):
-            mask_ref[b, rows] = (jax.lax.logistic(score) > threshold).astype(jnp.int32)
+            mask_ref[b, rows] = jax.lax.logistic(score) > threshold
 
-    out = like(x, (x.shape[0], blocks), jnp.int32)
-    return shared.call(kernel, out, programs=blocks // some, warps=16, interpret=interpret)(x, *choice)
+    out = like(x, (x.shape[0], blocks), jnp.bool_)
+    return shared.call(kernel, out, programs=blocks // some, warps=16, interpret=interpret)(x, *router)
 
 
 def _fma_kernel(
@@ -114,61 +108,38 @@ def _fma_kernel(
 ) -> None:  # fmt: skip
     *choice_refs, out = refs
     tokens, width = x_ref.shape
-    program = pl.program_id(0)
-    parts = block_size // tuning.rows  # of a block
-    chunks = shared.columns(width, tuning.chunk)
+    first = pl.program_id(0) * tuning.rows
+    rows, chunks = pl.ds(first, tuning.rows), shared.columns(width, tuning.chunk)
     down_chunks = shared.columns(width, tuning.down_chunk)
+    wanted = [mask_ref[b, first // block_size] for mask_ref in choice_refs for b in range(tokens)]
 
-    def run(first: jax.Array, wanted: list[jax.Array], x: list[list[jax.Array]]) -> None:
-        rows, tiles = pl.ds(first, tuning.rows), []
+    def run() -> None:
+        tiles: list[jax.Array] = []
 
         def load_down() -> None:
             tiles.append(shared.load_weights(down_ref, rows, down_chunks[0]))
 
-        ahead = load_down if tuning.ahead else None
-        gate, up = shared.row_products([gate_ref, up_ref], rows, x, chunks, ahead=ahead)
+        x = shared.load_tokens(x_ref, chunks)
+        gate, up = shared.row_products([gate_ref, up_ref], rows, x, chunks, ahead=load_down if tuning.ahead else None)
         hidden = [activate(activation, g, shared.erf) * u for g, u in zip(gate, up, strict=True)]
-        hidden = [jnp.where(w, h, 0.0) for w, h in zip(wanted, hidden, strict=True)]
+        if wanted:
+            hidden = [jnp.where(w, h, 0.0) for w, h in zip(wanted, hidden, strict=True)]
         for k in down_chunks:
             tile = tiles.pop() if tiles else shared.load_weights(down_ref, rows, k)
             for b, h in enumerate(hidden):
                 out.add(pl.ds(b, 1), k, shared.weighted_rows(tile, h)[None])
 
-    if tuning.programs:
-        (mask_ref,) = choice_refs
-        blocks = mask_ref.shape[1]
-        block = jnp.arange(pl.next_power_of_2(blocks))
-        places = [(jnp.full_like(block, b), block) for b in range(tokens)]
-        masks = [plt.load(mask_ref.at[place], mask=block < blocks, other=0) for place in places]
-        union = functools.reduce(jnp.maximum, masks)
-        place = jnp.where(union > 0, jnp.cumsum(union) - 1, -1)  # among the active blocks
-        x = shared.load_tokens(x_ref, chunks)
-
-        def share(i: jax.Array, _: None) -> None:
-            part = program + i * tuning.programs
-            found = place == part // parts
-            pick = lambda v: jnp.sum(jnp.where(found, v, 0))
-            run(pick(block) * block_size + part % parts * tuning.rows, [pick(m) > 0 for m in masks], x)
-
-        jax.lax.fori_loop(0, pl.cdiv(jnp.sum(union) * parts - program, tuning.programs), share, None)
-    elif len(choice_refs) == 2:
-        router_ref, threshold_ref = choice_refs
-        threshold, x = threshold_ref[0], shared.load_tokens(x_ref, chunks)
-        (scores,) = shared.row_products([router_ref], pl.ds(program // parts, 1), x, chunks, again=True)
-        wanted = [jax.lax.logistic(jnp.sum(s)) > threshold for s in scores]
-        any_wants = functools.reduce(jnp.logical_or, wanted)
-        out.when(any_wants, lambda: run(program * tuning.rows, wanted, x))
+    if wanted:
+        out.when(functools.reduce(jnp.logical_or, wanted), run)
     else:
-        (mask_ref,) = choice_refs
-        wanted = [mask_ref[b, program // parts] > 0 for b in range(tokens)]
-        any_wants = functools.reduce(jnp.logical_or, wanted)
-        out.when(any_wants, lambda: run(program * tuning.rows, wanted, shared.load_tokens(x_ref, chunks)))
+        run()
 
 
 def _dot_kernel(
-    x_ref: Any, gate_ref: Any, up_ref: Any, down_ref: Any, mask_ref: Any, out: shared.Output,
-    *, activation: Activation, block_size: int, tuning: Tuning,
+    x_ref: Any, gate_ref: Any, up_ref: Any, down_ref: Any, *refs: Any,
+    activation: Activation, block_size: int, tuning: Tuning,
 ) -> None:  # fmt: skip
+    *choice_refs, out = refs
     tokens, width = x_ref.shape
     first = pl.program_id(0) * tuning.rows
     rows, block = pl.ds(first, tuning.rows), first // block_size
@@ -176,7 +147,9 @@ def _dot_kernel(
     real = padded < tokens
     place = lambda k: (padded[:, None], (k.start + jnp.arange(k.size))[None])
     precision = "highest" if x_ref.dtype == jnp.float32 else None
-    wanted = plt.load(mask_ref.at[padded, block], mask=real, other=0) > 0
+    wanted = real
+    for mask_ref in choice_refs:
+        wanted = plt.load(mask_ref.at[padded, block], mask=real, other=False)
 
     def load_x(k: Any) -> jax.Array:
         if tokens == 1:
@@ -205,7 +178,10 @@ def _dot_kernel(
 
         _over(width, tuning.down_chunk, add, None)
 
-    out.when(jnp.sum(wanted.astype(jnp.int32)) > 0, run)
+    if choice_refs:
+        out.when(jnp.sum(wanted.astype(jnp.int32)) > 0, run)
+    else:
+        run()
 
 
 def _over(width: int, chunk: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

@@ -6,7 +6,6 @@ several parts their weighted sums meet in a second, elementwise kernel.
 """
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -14,11 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.triton import power_of_two
+from pallas_kernels.triton import call, power_of_two
 
-PROGRAMS = 128  # that are wanted at once, about one for each of an H100's processors
-PART = 128  # slots of the shortest part that is worth a program
+PROGRAMS = 256  # that are wanted at once, about two for each of an H100's processors
+PART = 64  # slots of the shortest part that is worth a program
 BLOCK = 64  # slots that are loaded together
+GRAIN = 16  # slots of which a part has a multiple
+WARPS = 4
 NEVER = -1e30  # the largest logit of a part without slots: finite, so that no difference of two is nan
 
 
@@ -50,15 +51,12 @@ def decode_attention(
     sums = [jax.ShapeDtypeStruct(shape, qkv.dtype)]
     if parts > 1:
         sums = [jax.ShapeDtypeStruct((parts, *s), jnp.float32) for s in (shape, shape[:2], shape[:2])]
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    keys, values, *sums = pl.pallas_call(
+    keys, values, *sums = call(
         functools.partial(_kernel, heads=heads, parts=parts, block=power_of_two(BLOCK, slots)),
-        grid=(rows, kv_heads, parts),
-        in_specs=[pl.no_block_spec] * 7,
-        out_specs=[pl.no_block_spec] * (2 + len(sums)),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)] + sums,
-        input_output_aliases={1: 0, 2: 1},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)] + sums,
+        programs=(rows, kv_heads, parts),
+        warps=WARPS,
+        aliases={1: 0, 2: 1},
         interpret=interpret,
         name="decode_attention",
     )(qkv, keys, values, cos, sin, start, length.reshape(1))
@@ -106,19 +104,17 @@ def _kernel(
         first = (part == 0).astype(jnp.float32)
         return jnp.where(part == 0, logit, NEVER), first, first * new_v.astype(jnp.float32)
 
-    size = pl.cdiv(length, parts * block) * block  # slots of a part
+    size = pl.cdiv(length, parts * GRAIN) * GRAIN  # slots of a part
     first = part * size
     last = jnp.minimum(first + size, length)
 
     def attend(i: jax.Array, states: Any) -> Any:
-        begins = first + i * block
-        slots = pl.ds(begins, block)
-        index = begins + jnp.arange(block, dtype=jnp.int32)
+        index = first + i * block + jnp.arange(block, dtype=jnp.int32)
         seen = (index < last) & (index >= start)
 
         def load(ref: Any, columns: Any) -> jax.Array:
-            mask = jnp.broadcast_to(seen[:, None], (block, columns.size))
-            return plt.load(ref.at[row, slots, kv, columns], mask=mask, other=0.0).astype(jnp.float32)
+            place = index[:, None], kv, (columns.start + jnp.arange(columns.size))[None]
+            return plt.load(ref.at[(row, *place)], mask=seen[:, None], other=0.0).astype(jnp.float32)
 
         k, v = (load(k_ref, low), load(k_ref, high)), load(v_ref, pl.ds(0, head_dim))
         out = []

@@ -11,6 +11,6 @@ def unsupported(x: jax.Array, weight: jax.Array) -> str | None:
     return None
 
 
-def matvec(x: jax.Array, weight: jax.Array, *, interpret: Any = False, product: Any = exact) -> jax.Array:
+def matvec(x: jax.Array, weight: jax.Array, dtype: Any, *, interpret: Any = False, product: Any = exact) -> jax.Array:
     """As `api.matvec`."""
-    return product(x, weight, 1, 1)
+    return product(x, weight, 1, 1).astype(dtype)

@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton as shared
@@ -26,11 +25,11 @@ def unsupported(x: jax.Array, weight: jax.Array) -> str | None:
     return None
 
 
-def matvec(x: jax.Array, weight: jax.Array, *, interpret: Any = False) -> jax.Array:
+def matvec(x: jax.Array, weight: jax.Array, dtype: Any, *, interpret: Any = False) -> jax.Array:
     """As `reference.matvec`."""
     rows = shared.power_of_two(ROWS, weight.shape[0])
     kernel = functools.partial(_kernel, rows=rows)
-    out = like(x, (x.shape[0], weight.shape[0]), jnp.float32)
+    out = like(x, (x.shape[0], weight.shape[0]), dtype)
     run = shared.call(kernel, out, programs=weight.shape[0] // rows, warps=8, interpret=interpret)
     return run(x, weight)
 
@@ -40,4 +39,4 @@ def _kernel(x_ref: Any, weight_ref: Any, out_ref: Any, *, rows: int) -> None:
     x, mine = shared.load_tokens(x_ref, chunks), pl.ds(pl.program_id(0) * rows, rows)
     [products] = shared.row_products([weight_ref], mine, x, chunks)
     for b, y in enumerate(products):
-        out_ref[b, mine] = y
+        out_ref[b, mine] = y.astype(out_ref.dtype)

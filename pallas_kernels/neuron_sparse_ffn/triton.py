@@ -33,9 +33,7 @@ class Tuning:
 def default_tuning(width: int, predicted: bool) -> Tuning:
     """For an H100."""
     warps = shared.warps_for(width)
-    if predicted:
-        return Tuning(rows=64, group=4, chunk=4096, warps=warps)
-    return Tuning(rows=16, group=4, chunk=2048, warps=min(8, warps))
+    return Tuning(rows=64 if predicted else 16, group=4, chunk=2048, warps=min(8, warps))
 
 
 def unsupported(x: jax.Array, weights: PackedFFN, predictor: Predictor | None, cutoff: jax.Array | None) -> str | None:
