@@ -136,19 +136,20 @@ class Eval:
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
 
     def run(self) -> None:
-        from jsparse import report
+        from jsparse import hf, report
         from jsparse.methods.patterns import ATTENTION, MLP, check_claim, observe, parse_pattern, shares
 
         if self.pattern is None:
             _refuse(self, ("scope",), "--pattern beside it", self.scope)
         out = _result_path(self.result, "eval", self.model, self.data)
         claim = parse_pattern(self.pattern) if self.pattern else None
+        evaluate = _evaluator(self, hf.read_config(self.model))
         with _model(self.model, self.compute) as (config, params):
             if claim is not None:
                 check_claim(params, claim, MLP + ATTENTION if self.scope == "all" else MLP)
             rows = observe(params)
             mlp, whole = shares(rows, params)
-            found = _evaluator(self, config)(params, config)
+            found = evaluate(params, config)
         values = {"command": "eval", "model": self.model, "data": self.data} | dataclasses.asdict(found)
         values |= {"weights": {"pattern": self.pattern, "mlp_sparsity": mlp, "model_sparsity": whole,
                                "matrices": [dataclasses.asdict(row) for row in rows]}}  # fmt: skip
@@ -238,17 +239,21 @@ class Compare:
     result: Annotated[Result, tyro.conf.arg(name="")] = Result()
 
     def run(self) -> None:
+        from jsparse import hf
         from jsparse.inference import compare, compare_torch
+        from jsparse.inference.windows import Windows as Cut
 
         check(bool(self.b) or self.torch, "compare", "two model folders, or one and --torch", self.a)
         if not self.torch:
             _refuse(self, ("trust_remote_code",), "--torch beside it", self.trust_remote_code)
         b, w = self.b or self.a, self.windows
         out = _result_path(self.result, "compare", self.a, b)
+        config = hf.read_config(b)
+        tokens, bos = _tokens(self.data, self.split, b, config.vocab_size, w.max_tokens), _bos(w.bos, b, config)
+        Cut(tokens, config, w.seq_len, w.stride, bos)  # whether it fits, before anything large is read
+        shared: dict[str, Any] = dict(seq_len=w.seq_len, stride=w.stride, bos=bos, batch_size=w.batch_size,
+                                      progress=_progress("windows"))  # fmt: skip
         with _model(b, self.compute) as (config, params):
-            tokens = _tokens(self.data, self.split, b, config.vocab_size, w.max_tokens)
-            shared: dict[str, Any] = dict(seq_len=w.seq_len, stride=w.stride, bos=_bos(w.bos, b, config),
-                                          batch_size=w.batch_size, progress=_progress("windows"))  # fmt: skip
             if self.torch:
                 remote = self.trust_remote_code
                 found = compare_torch(self.a, params, config, tokens, trust_remote_code=remote, **shared)
@@ -298,9 +303,10 @@ class Threshold:
             check(0 < value < limit, f"--target-{name}", what, value)
         check_target(Path(self.out), self.overwrite, self.model)
 
+        config = hf.read_config(self.model)
+        criterion, evaluate = self._criterion(config), _evaluator(self, config)
         with _model(self.model, self.compute) as (config, params):
-            criterion = self._criterion(config)
-            params, config, points, point = self._solve(criterion, params, config, given)
+            params, config, points, point = self._solve(criterion, evaluate, params, config, given)
             values = {"command": "threshold", "model": self.model, "data": self.data, "criterion": criterion,
                       "goal": given, "setting": point.setting, "perplexity": point.perplexity,
                       "sparsity": point.sparsity,
@@ -327,12 +333,12 @@ class Threshold:
             _refuse(self, ("calibration",), "--criterion cett or lte beside it", criterion)
         return criterion
 
-    def _solve(self, criterion: str, params: Any, config: Any, given: dict[str, float]) -> tuple[Any, Any, Any, Any]:
+    def _solve(
+        self, criterion: str, evaluate: Callable[..., Any], params: Any, config: Any, given: dict[str, float]
+    ) -> tuple[Any, Any, Any, Any]:
         """The model that meets the goal, params and config, with the points of the sweep and its own."""
         from jsparse.config import with_threshold
         from jsparse.methods import lte, prosparse
-
-        evaluate = _evaluator(self, config)
 
         def measure(params: Any, config: Any = config, threshold: float | None = None) -> tuple[float, Any]:
             found = evaluate(params, config, threshold)
@@ -554,16 +560,16 @@ class Search:
         for path in filter(None, (self.out, self.zero_filled, self.decilm)):
             check_target(Path(path), self.overwrite, self.model)
         folder = Path(self.run_folder or f"{self.out}.search") if self.method == "search" else None
+        config = hf.read_config(self.model)
+        limit, width = positions(config), config.intermediate_size
+        check(0 < self.seq_len <= limit, "--seq-len", f"1 to the model's {limit} positions", self.seq_len)
+        check(not self.decilm or width % MULTIPLE == 0, "--decilm", f"an FFN width that {MULTIPLE} divides", width)
+        tokens = _tokens(self.calibration, self.split, self.model, config.vocab_size, None)
+        texts = search.draw_texts(tokens, seq_len=self.seq_len, calibration=self.samples, windows=self.windows,
+                                  seed=self.seed)  # fmt: skip
+        print(f"{len(texts.calibration)} calibration windows, {len(texts.fitness)} to search with, "
+              f"{len(texts.heldout)} held out, of {self.seq_len} tokens")  # fmt: skip
         with _model(self.model, self.compute) as (config, params):
-            limit = positions(config)
-            check(0 < self.seq_len <= limit, "--seq-len", f"1 to the model's {limit} positions", self.seq_len)
-            width = config.intermediate_size
-            check(not self.decilm or width % MULTIPLE == 0, "--decilm", f"an FFN width that {MULTIPLE} divides", width)
-            tokens = _tokens(self.calibration, self.split, self.model, config.vocab_size, None)
-            texts = search.draw_texts(tokens, seq_len=self.seq_len, calibration=self.samples, windows=self.windows,
-                                      seed=self.seed)  # fmt: skip
-            print(f"{len(texts.calibration)} calibration windows, {len(texts.fitness)} to search with, "
-                  f"{len(texts.heldout)} held out, of {self.seq_len} tokens")  # fmt: skip
             found = search.search(params, config, texts, settings, folder=folder, on_stage=print,
                                   progress=_generations())  # fmt: skip
             report = found.report
@@ -829,6 +835,7 @@ class Predict:
     overwrite: bool = False  # replace the folder's predictors
 
     def run(self) -> None:
+        from jsparse import hf
         from jsparse.inference import evaluate
         from jsparse.inference.predictors import keep, try_recall
         from jsparse.methods import predictor
@@ -840,11 +847,11 @@ class Predict:
         check(self.rise >= 0, "--rise", "0 or more", self.rise)
         check(self.powerinfer is None or not Path(self.powerinfer).exists(), "--powerinfer", "a new folder",
               self.powerinfer)  # fmt: skip
+        tokens = _tokens(self.data, self.split, self.model, hf.read_config(self.model).vocab_size, None)
+        count = len(tokens) // self.seq_len
+        check(count > self.held_out, "--data", f"more than {self.held_out} windows of {self.seq_len} tokens", count)
+        windows = tokens[: count * self.seq_len].reshape(count, self.seq_len)
         with _model(self.model, self.compute) as (config, params):
-            tokens = _tokens(self.data, self.split, self.model, config.vocab_size, None)
-            count = len(tokens) // self.seq_len
-            check(count > self.held_out, "--data", f"more than {self.held_out} windows of {self.seq_len} tokens", count)
-            windows = tokens[: count * self.seq_len].reshape(count, self.seq_len)
             made = predictor.train(params, config, windows[: -self.held_out], ranks=self.rank or None,
                                    steps=self.steps, batch_size=self.batch_size, lr=self.lr, negatives=self.negatives,
                                    seed=self.seed, progress=_progress("steps"))  # fmt: skip
@@ -1023,12 +1030,15 @@ def _bos(policy: str, model: str, config: Any) -> int | None:
 
 
 def _evaluator(command: "Eval | Threshold", config: Any) -> Callable[..., Any]:
-    """(params, config, threshold=None) -> Evaluation of the command's text, which is opened once."""
+    """(params, config, threshold=None) -> Evaluation of the command's text, which is opened once: here, before a model
+    is read, so that a text that does not fit is told at once."""
     from jsparse.inference import evaluate
+    from jsparse.inference.windows import Windows as Cut
 
     w = command.windows
     tokens = _tokens(command.data, command.split, command.model, config.vocab_size, w.max_tokens)
     bos = _bos(w.bos, command.model, config)
+    Cut(tokens, config, w.seq_len, w.stride, bos)
 
     def measure(params: Any, config: Any, threshold: float | None = None) -> Any:
         return evaluate(params, config, tokens, seq_len=w.seq_len, stride=w.stride, bos=bos, batch_size=w.batch_size,

@@ -415,7 +415,7 @@ def test_help_tells_what_every_option_means(words, command, capsys):
         (["bench", "ffn", "--sparsity", "1.5"], 2, "--sparsity: expected shares"),
         (["bench", "decode", "--context", "0"], 2, "--context: expected a positive number, got 0"),
         (["bench", "decode", "--variant", "LTE"], 2, "LTE 50 %"),
-        (["eval", "model", "--data", "text.txt", "--mesh", "3", "1", "1"], 2, "mesh"),
+        (["eval", "model", "--data", "text.txt", "--seq-len", "32", "--mesh", "3", "1", "1"], 2, "mesh"),
     ],
 )
 def test_bad_input_is_one_line(arguments, code, told, capsys):
