@@ -56,8 +56,17 @@ class Output:
                         self._ref[self._program, b, k] = jnp.zeros(k.size, jnp.float32)
 
 
-def call(kernel: Callable[..., None], out: Any, *, programs: int | tuple[int, ...], warps: int, stages: int = 1,
-         interpret: Any, aliases: dict[int, int] | None = None, name: str | None = None) -> Callable[..., Any]:  # fmt: skip
+def call(
+    kernel: Callable[..., None],
+    out: Any,
+    *,
+    programs: int | tuple[int, ...],
+    warps: int,
+    stages: int = 1,
+    interpret: Any,
+    aliases: dict[int, int] | None = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
     """`pl.pallas_call` on the Triton backend, every array whole in global memory; `out` is one shape or a list.
 
     JAX warns at lowering that it will drop this backend. Nobody who calls our operations can act on that, so the

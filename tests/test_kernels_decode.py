@@ -150,6 +150,6 @@ def test_norm_compiles_for_the_h100(width):
     x, scale = jax.ShapeDtypeStruct((4, width), jnp.float32), jax.ShapeDtypeStruct((width,), jnp.float32)
     compile_for(H100, lambda x, scale, delta: add_rms_norm(
         x, scale, 1e-5, jnp.bfloat16, delta=delta, implementation="triton"), x, scale, x)  # fmt: skip
-    router, threshold = jax.ShapeDtypeStruct((344, width), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    router = jax.ShapeDtypeStruct((344, width), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     compile_for(H100, lambda x, scale, *router: add_norm_route(
-        x, scale, 1e-5, jnp.bfloat16, *router, delta=x, implementation="triton"), x, scale, router, threshold)  # fmt: skip
+        x, scale, 1e-5, jnp.bfloat16, *router, delta=x, implementation="triton"), x, scale, *router)  # fmt: skip

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels: interpreted with race detection against the float32 reference, and compiled for the H100."""
 
 import dataclasses
+import types
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn.reference import Router
+from pallas_kernels.block_sparse_matmul import api as block_product_api
 from pallas_kernels.block_sparse_matmul import reference as matmul_reference
 from pallas_kernels.neuron_sparse_ffn import reference as neuron_reference
 from tests.aot import H100, compile_for
@@ -204,6 +206,22 @@ def test_has_to_be_named(block: int, chosen: str, monkeypatch: pytest.MonkeyPatc
     package = block_sparse.__name__.rpartition(".")[0]
     module = backend.choose(package, None, NARROW.x(), NARROW.weights(), block)
     assert module.__name__ == f"{package}.{chosen}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "chosen"),
+    [("9.0", jnp.bfloat16, "mosaic_gpu"), ("9.0", jnp.float32, "triton"), ("8.0", jnp.bfloat16, "triton")],
+)
+def test_product_goes_to_it_on_hopper(
+    capability: str, dtype: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    called = []
+    monkeypatch.setattr(block_product_api, "_matmul", lambda module, *_: called.append(module.__name__))
+    x, weight, _ = Product(64, 64, 64, 64, 1.0, dtype).operands()
+    block_sparse_matmul(x, weight)
+    assert called[0].rpartition(".")[2] == chosen
 
 
 @pytest.mark.parametrize(

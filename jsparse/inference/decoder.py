@@ -273,10 +273,9 @@ def _layer_of_step(
         kind = None if implementation == "dense" else sparse_kind(layer.ffn, config)
         mask = None
         if kind == "blocks":
-            x, normed, mask = add_norm_route(
-                x, layer.ffn_norm, config.rms_norm_eps, dtype, layer.ffn.router, layer.ffn.router_threshold, delta=delta,
-                implementation=rest, interpret=_interpreted(),
-            )  # fmt: skip
+            router = layer.ffn.router, layer.ffn.router_threshold
+            x, normed, mask = add_norm_route(x, layer.ffn_norm, config.rms_norm_eps, dtype, *router, delta=delta,
+                                             implementation=rest, interpret=_interpreted())  # fmt: skip
         else:
             x, normed = _add_norm(x, layer.ffn_norm, delta, dtype, config, rest)
         if kind is not None:

@@ -1,7 +1,7 @@
 """The residual addition with RMSNorm in one launch on an NVIDIA GPU: a program a row.
 
-With a router, a program scores two of its blocks, and each normalises all rows for itself: that takes no longer than its
-rows of the router take to arrive, and less than a launch.
+With a router, a program scores two of its blocks, and each normalises all rows for itself: that takes no longer than
+its rows of the router take to arrive, and less than a launch.
 """
 
 import functools

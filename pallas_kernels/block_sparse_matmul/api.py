@@ -42,7 +42,8 @@ def block_sparse_matmul(
     if not weight.values.size or not x.size:
         return jnp.zeros((x.shape[0], weight.shape[1]), x.dtype)
     x, weight = backend.vary_together((x, weight))
-    return _matmul(backend.choose(__package__, implementation, x, weight), interpret, x, weight)
+    module = backend.choose(__package__, implementation, x, weight, on_hopper=("mosaic_gpu", "triton"))
+    return _matmul(module, interpret, x, weight)
 
 
 def _call(module: Any, interpret: Any, x: jax.Array, weight: BlockSparse) -> jax.Array:

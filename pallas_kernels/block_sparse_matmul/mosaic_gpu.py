@@ -36,7 +36,7 @@ class Tuning:
 
     tokens: int = 128  # of a consumer's tile, forward and dX; a multiple of 64
     stages: int = 4  # steps in the ring, at most what fits
-    group: int = 8  # tiles of tokens that are worked on side by side
+    group: int = 4  # tiles of tokens that are worked on side by side
     programs: int = MULTIPROCESSORS  # thread blocks
 
 

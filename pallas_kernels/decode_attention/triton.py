@@ -15,11 +15,11 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.triton import call, power_of_two
 
-PROGRAMS = 256  # that are wanted at once, about two for each of an H100's processors
+PROGRAMS = 160  # that are wanted at once, a few more than an H100 has processors: more parts cost more to join
 PART = 64  # slots of the shortest part that is worth a program
-BLOCK = 64  # slots that are loaded together
+BLOCK = 128  # slots that are loaded together
 GRAIN = 16  # slots of which a part has a multiple
-WARPS = 4
+WARPS = 8
 NEVER = -1e30  # the largest logit of a part without slots: finite, so that no difference of two is nan
 
 
