@@ -311,7 +311,7 @@ class Threshold:
                       "goal": given, "setting": point.setting, "perplexity": point.perplexity,
                       "sparsity": point.sparsity,
                       "points": [dataclasses.asdict(p) | {"threshold": p.setting} for p in points]}  # fmt: skip
-            hf.save(self.out, config, params, tokenizer=self.model, overwrite=self.overwrite,
+            hf.save(self.out, config, params, tokenizer=hf.tokenizer_in(self.model), overwrite=self.overwrite,
                     extra={"threshold.json": json.dumps(values, indent=1) + "\n"})  # fmt: skip
         print(f"{self.out}: {criterion} at {point.setting:.5g}, perplexity {point.perplexity:.3f}, "
               f"sparsity {point.mean_sparsity:.4f}")  # fmt: skip
@@ -575,13 +575,14 @@ class Search:
             report = found.report
             values = {"command": "search", "settings": dataclasses.asdict(self), **dataclasses.asdict(report)}
             small, shapes = compact(found.params, found.config, found.genome)
-            hf.save(self.out, shapes, small, tokenizer=self.model, overwrite=self.overwrite,
+            tokenizer = hf.tokenizer_in(self.model)
+            hf.save(self.out, shapes, small, tokenizer=tokenizer, overwrite=self.overwrite,
                     extra={"subnet.json": json.dumps(values, indent=1) + "\n"})  # fmt: skip
             if self.zero_filled:
-                hf.save(self.zero_filled, found.config, found.params, tokenizer=self.model, overwrite=self.overwrite)
+                hf.save(self.zero_filled, found.config, found.params, tokenizer=tokenizer, overwrite=self.overwrite)
             if self.decilm:
                 small, shapes = compact(found.params, found.config, widened(found.genome, MULTIPLE))
-                hf.save(self.decilm, shapes, small, tokenizer=self.model, format="nemotron-nas",
+                hf.save(self.decilm, shapes, small, tokenizer=tokenizer, format="nemotron-nas",
                         overwrite=self.overwrite)  # fmt: skip
         print(f"{self.out}: {report.parameters:,} parameters, {report.keep:.2%} of all, {report.keep_decoder:.2%} of "
               "the decoder's")  # fmt: skip
@@ -1014,16 +1015,22 @@ def _tokenizer(model: str) -> Any:
     from jsparse import hf
 
     hf.read_config(model)  # of what is no model folder, transformers would speak as of a name on the Hub
+    check(hf.tokenizer_in(model) is not None, model, "a model folder with a tokenizer", "none")
     return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
 
 
 def _tokens(data: str, split: str, model: str, vocab_size: int, limit: int | None) -> Any:
+    from jsparse import hf
     from jsparse.data import open_source
 
-    return open_source(Source(data, split=split), model, CACHE, vocab_size).tokens[:limit]
+    return open_source(Source(data, split=split), hf.tokenizer_in(model), CACHE, vocab_size).tokens[:limit]
 
 
 def _bos(policy: str, model: str, config: Any) -> int | None:
+    from jsparse import hf
+
+    if policy == "auto" and hf.tokenizer_in(model) is None:
+        policy = "no"
     if policy == "auto":
         policy = "yes" if _tokenizer(model)("").input_ids[:1] == [config.bos_token_id] else "no"
     return config.bos_token_id if policy == "yes" else None

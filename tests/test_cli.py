@@ -89,6 +89,20 @@ def test_generate(home, capsys):
     assert "It was" + texts[0]["text"] in capsys.readouterr().out
 
 
+def test_a_model_without_a_tokenizer(home, capsys):
+    shape = tiny_config(vocab_size=258, activation=Relu())
+    hf.save(home / "bare", shape, random_params(shape))
+    np.save(home / "ids.npy", np.arange(200, dtype=np.uint16))
+    shared = ["--data", "ids.npy", "--seq-len", "32"]
+    assert run(["threshold", "bare", "bare-80", *shared, "--target-sparsity", "0.8", "--sweep", "0"]) == 0
+    code, error = answer(capsys, "generate", "bare-80", "--prompt", "It was")
+    assert (code, error.count("\n")) == (2, 1) and "bare-80: expected a model folder with a tokenizer" in error
+    code, error = answer(capsys, "eval", "bare", "--data", "text.txt", "--seq-len", "32")
+    assert (code, error.count("\n")) == (2, 1) and "expected a tokenizer folder to read text.txt, got none" in error
+    assert run(["train", "recipe.yaml", "run=bare-run", "model.path=bare", "data.train=[{path: ids.npy}]"]) == 0
+    assert run(["export", "bare-run", "bare-out"]) == 0
+
+
 def test_generated_text_keeps_the_space_that_sentencepiece_begins_words_with():
     backend = gguf_tokenizer._sentencepiece(["<unk>", "▁", "▁a", "a"], [0.0, -1.0, -2.0, -3.0], 0, True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

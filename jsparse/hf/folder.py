@@ -32,6 +32,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CODE_FILES = ("configuration_sparsellama.py", "modeling_sparsellama.py")  # travel with folders that need them
 
+
+def tokenizer_in(folder: str | Path) -> str | None:
+    """The folder itself where it has a tokenizer, else None: a model may come without one."""
+    path = Path(folder).expanduser()
+    return str(folder) if any(any(path.glob(name)) for name in TOKENIZER_FILES) else None
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # In
 # --------------------------------------------------------------------------------------------------------------------

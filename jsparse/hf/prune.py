@@ -22,13 +22,13 @@ from jsparse.config import LlamaConfig, check
 from jsparse.hf import packed as packed_form
 from jsparse.hf.config import choose_format, read_config
 from jsparse.hf.folder import (
-    TOKENIZER_FILES,
     check_stored,
     check_target,
     kept_dtype,
     put,
     read_packing,
     rows_of,
+    tokenizer_in,
     write_model,
 )
 from jsparse.hf.names import Leaf, in_order, leaves, tree
@@ -122,8 +122,7 @@ def prune_folder(
         return json.dumps(values, indent=1) + "\n"
 
     format = choose_format(config, packed=bool(packing))
-    tokenizer = source if any(any(where.glob(name)) for name in TOKENIZER_FILES) else None
-    write_model(Path(out), config, tensors, format, tokenizer, max_shard_bytes, overwrite,
+    write_model(Path(out), config, tensors, format, tokenizer_in(source), max_shard_bytes, overwrite,
                 {"prune.json": text}, packed_form.to_config(packing))  # fmt: skip
     return Folder(told(), size, dense_size)
 

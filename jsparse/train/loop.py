@@ -320,8 +320,8 @@ def describe_model(config: TrainConfig, run: epath.Path, start: int) -> tuple[Ll
         return training_config(config.method, model_config), about["tokenizer"]
     source, folder = config.model, None
     if source.path is not None:
-        folder = str(epath.Path(source.path).expanduser().resolve())
-        model_config = hf.read_config(folder)
+        path = str(epath.Path(source.path).expanduser().resolve())
+        model_config, folder = hf.read_config(path), hf.tokenizer_in(path)
     elif source.run is not None:
         before = epath.Path(source.run).expanduser()
         model_config, about = checkpoint.load_model(before)
