@@ -227,6 +227,14 @@ REFUSED = {
 }
 
 
+def test_fields_of_published_models_that_change_nothing() -> None:
+    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1,
+               "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}}  # fmt: skip
+    assert from_hf(LLAMA | smollm2 | {"activation": "swiglu", "max_sequence_length": 2048}) == from_hf(LLAMA)
+    with pytest.raises(ConfigError, match="rope_interleaved = True: only False is supported"):
+        from_hf(LLAMA | {"rope_interleaved": True})
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
     values, message = REFUSED[case]

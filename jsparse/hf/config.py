@@ -43,6 +43,8 @@ BOOKKEEPING = {
     "tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "problem_type", "id2label", "label2id",
     "num_labels", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
     "pretraining_tp",  # in how many slices the same product is computed
+    "transformers.js_config", "gradient_checkpointing", "_flash_attn_2_enabled", "neftune_noise_alpha",
+    "max_sequence_length", "model_max_length",  # transformers goes by max_position_embeddings
     # defaults of generate(), which once lived here
     "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
     "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
@@ -53,6 +55,9 @@ BOOKKEEPING = {
 
 # Fields that change the computation unless they have this value; null is always one.
 NEUTRAL: dict[str, Any] = {
+    "is_llama_config": True,  # the first two are SmolLM's, the third Falcon3's; transformers reads none of them
+    "rope_interleaved": False,
+    "activation": "swiglu",
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "chunk_size_feed_forward": 0,
