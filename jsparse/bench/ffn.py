@@ -19,9 +19,10 @@ import numpy as np
 from jsparse.bench.timing import CUBLAS, Bandwidth, Budget, compile_all, seconds
 from jsparse.config import LlamaConfig, Relu, Router, Silu
 from jsparse.inference.costs import Line, bytes_read
-from jsparse.inference.decoder import Ffn, Implementation, Kind, dense_ffn, sparse_ffn, used_share
+from jsparse.inference.decoder import Ffn, Implementation, Kind, ffn_of_step, used_share
 from jsparse.methods.predictor import quantise
 from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.backend import Implementation as KernelImplementation
 from pallas_kernels.ffn import PackedFFN
 from pallas_kernels.neuron_sparse_ffn import Predictor
 from pallas_kernels.neuron_sparse_ffn.reference import predicted_scores
@@ -63,8 +64,8 @@ def bench_ffn(
 ) -> list[FfnSpeed]:
     """Measures the FFN of a model's shape.
 
-    The dense times are XLA's own choice of kernels, cuBLAS alone (on a GPU), and the block kernel with every block in
-    use; the best of them is what the others are compared with.
+    The dense times are XLA's own choice of kernels, cuBLAS alone (on a GPU), and what a step of decoding takes; the
+    best of them is what the others are compared with.
 
     Args:
         speed: of the memory, measured in the same run.
@@ -103,7 +104,7 @@ def fit_lines(rows: Sequence[FfnSpeed], speed: Bandwidth) -> dict[str, dict[int,
             line = Line(float(start), float(1 / slope))
         else:
             continue
-        name = kind if implementation in ("sparse", "xla", "cublas") else f"{kind} by {implementation}"
+        name = kind if implementation in ("sparse", "xla", "cublas", "decoder") else f"{kind} by {implementation}"
         lines.setdefault(name, {})[batch] = line
     return lines
 
@@ -124,11 +125,15 @@ def _bench_batch(
     x, common = _inputs(batch, shape.hidden_size)
     plain = [_ffn(w, None, 0) for w in weights]
     dense = dataclasses.replace(shape, activation=Silu(), router=None)
-    baselines = {"xla": {}, "cublas": CUBLAS} if jax.default_backend() == "gpu" else {"xla": {}}
+    baselines: dict[str, tuple[Any, dict[str, Any]]] = {"xla": ("xla", {}), "decoder": (None, {})}
+    if jax.default_backend() == "gpu":
+        baselines["cublas"] = "xla", CUBLAS
     variants = [(kind, implementation) for kind in kinds for implementation in implementations]
     ffns = {kind: [_ffn(w, kind, rank) for w in weights] for kind in kinds}
-    jobs = [functools.partial(_compile, plain, x, dense, "dense", options) for options in baselines.values()]
-    jobs += [functools.partial(_compile, ffns[kind], x, _config(shape, kind), name, {}) for kind, name in variants]
+    jobs = [functools.partial(_compile, plain, x, dense, "dense", *how) for how in baselines.values()]
+    jobs += [
+        functools.partial(_compile, ffns[kind], x, _config(shape, kind), name, None, {}) for kind, name in variants
+    ]
     compiled = compile_all(jobs, budget)
 
     rows = []
@@ -165,8 +170,8 @@ def _bench_batch(
 
 
 def _compared(rows: list[FfnSpeed]) -> list[FfnSpeed]:
-    """The rows of one batch beside its best dense time, which may be the block kernel's with every block in use."""
-    whole = [row for row in rows if row.kind == "dense" or (row.kind == "blocks" and row.sparsity == 0)]
+    """The rows of one batch beside its best dense time."""
+    whole = [row for row in rows if row.kind == "dense"]
     if not whole:
         return rows
     best, size = min(row.us for row in whole), min(row.bytes for row in whole)
@@ -189,24 +194,33 @@ def _config(shape: LlamaConfig, kind: Kind) -> LlamaConfig:
 
 
 def _compile(
-    ffns: list[Ffn], x: jax.Array, config: LlamaConfig, implementation: Implementation, options: dict[str, Any]
+    ffns: list[Ffn],
+    x: jax.Array,
+    config: LlamaConfig,
+    implementation: Implementation,
+    rest: KernelImplementation | None,
+    options: dict[str, Any],
 ) -> Any:
-    lowered = _rounds.lower(ffns, x, config=config, implementation=implementation)
+    lowered = _rounds.lower(ffns, x, config=config, implementation=implementation, rest=rest)
     return lowered.compile(compiler_options=options)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def _rounds(ffns: list[Ffn], x: jax.Array, *, config: LlamaConfig, implementation: Implementation) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "rest"))
+def _rounds(
+    ffns: list[Ffn],
+    x: jax.Array,
+    *,
+    config: LlamaConfig,
+    implementation: Implementation,
+    rest: KernelImplementation | None,
+) -> jax.Array:
     """ROUNDS times through the layers, norm and FFN as a step of decoding has them: x float32 [B, D] -> the same."""
+    ones = jnp.ones(x.shape[-1], jnp.float32)
 
     def one(_: jax.Array, x: jax.Array) -> jax.Array:
         delta = None
         for ffn in ffns:
-            x, normed = _normed(x, ffn, delta)
-            if implementation == "dense":
-                delta = dense_ffn(ffn, normed, config)
-            else:
-                x, delta = sparse_ffn(ffn, normed, x, config, implementation), None
+            x, delta = ffn_of_step(ones, ffn, x, delta, config, implementation, rest)
         return x if delta is None else x + delta
 
     return jax.lax.fori_loop(0, ROUNDS, one, x)

@@ -270,19 +270,37 @@ def _layer_of_step(
         delta, layer_cache = _attend_once(layer.attention, normed, config, shape, place, layer_cache, start, length,
                                           rest)  # fmt: skip
     with jax.named_scope("ffn"):
-        kind = None if implementation == "dense" else sparse_kind(layer.ffn, config)
-        mask = None
-        if kind == "blocks":
-            router = layer.ffn.router, layer.ffn.router_threshold
-            x, normed, mask = add_norm_route(x, layer.ffn_norm, config.rms_norm_eps, dtype, *router, delta=delta,
-                                             implementation=rest, interpret=_interpreted())  # fmt: skip
-        else:
-            x, normed = _add_norm(x, layer.ffn_norm, delta, dtype, config, rest)
-        if kind is not None:
-            return sparse_ffn(layer.ffn, normed, x, config, implementation, mask), None, layer_cache
-        if rest != "xla" and _streams(layer.ffn, normed, config):
-            return whole_ffn(layer.ffn, normed, x, config, rest), None, layer_cache
-        return x, dense_ffn(layer.ffn, normed, config), layer_cache
+        x, delta = ffn_of_step(layer.ffn_norm, layer.ffn, x, delta, config, implementation, rest)
+        return x, delta, layer_cache
+
+
+def ffn_of_step(
+    norm: jax.Array,
+    ffn: Ffn,
+    x: jax.Array,
+    delta: jax.Array | None,
+    config: LlamaConfig,
+    implementation: Implementation,
+    rest: KernelImplementation | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Adds delta to the residual stream, normalises it, and adds the FFN of that: x and delta float32 [B, D], norm
+    float32 [D].
+
+    Returns:
+        The residual stream, and what is still to be added to it.
+    """
+    dtype = jax.tree.leaves(ffn.weights)[0].dtype
+    kind = None if implementation == "dense" else sparse_kind(ffn, config)
+    if kind == "blocks":
+        x, normed, mask = add_norm_route(x, norm, config.rms_norm_eps, dtype, ffn.router, ffn.router_threshold,
+                                         delta=delta, implementation=rest, interpret=_interpreted())  # fmt: skip
+        return sparse_ffn(ffn, normed, x, config, implementation, mask), None
+    x, normed = _add_norm(x, norm, delta, dtype, config, rest)
+    if kind is not None:
+        return sparse_ffn(ffn, normed, x, config, implementation), None
+    if rest != "xla" and _streams(ffn, normed, config):
+        return whole_ffn(ffn, normed, x, config, rest), None
+    return x, dense_ffn(ffn, normed, config)
 
 
 def _add_norm(
