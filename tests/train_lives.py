@@ -18,6 +18,7 @@ from unittest import mock
 
 import tests.conftest  # noqa: F401  first: it sets up the fake devices
 import jax  # isort: skip
+import tensorboardX  # noqa: F401  what a run imports when it begins: once for all lives
 from orbax.checkpoint._src.path import atomicity, deleter
 
 from jsparse.config import CheckpointConfig, DataConfig, LogConfig, MeshConfig, ProSparse, Target, TrainConfig
