@@ -38,8 +38,6 @@ from jsparse.train.metrics import Speed, flops_per_token, read_metrics
 from tests.helpers import random_params
 from tests.train_helpers import MODEL, recipe
 
-pytestmark = pytest.mark.every_jax
-
 TIMES = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_peak"}
 
 
@@ -90,10 +88,12 @@ def done(tmp_path_factory):
         return config, train(config), compiled
 
 
+@pytest.mark.every_jax
 def test_step_is_compiled_once(done):
     assert len(done[2]) == 1
 
 
+@pytest.mark.every_jax
 def test_run_folder(done):
     config, summary, _ = done
     run = epath.Path(config.run)
@@ -126,6 +126,7 @@ def test_complete_run_is_left_alone(done, monkeypatch):
     assert lines(config.run) == before
 
 
+@pytest.mark.every_jax
 def test_load_run_reads_the_parameters_onto_any_mesh(done):
     config = done[0]
     _, on_one, info = checkpoint.load_run(config.run)
@@ -141,6 +142,7 @@ def test_load_run_reads_the_parameters_onto_any_mesh(done):
         checkpoint.load_run(epath.Path(config.run).parent)
 
 
+@pytest.mark.every_jax
 def test_goes_on_on_another_mesh(done, tmp_path):
     """Four steps on 8x1x1, four more on 2x2x2: the losses of eight on 2x2x2."""
     config = dataclasses.replace(done[0], run=str(tmp_path / "run"), log=LogConfig(every=1, tensorboard=False))

@@ -26,8 +26,6 @@ from jsparse.train.step import make_step
 from tests.helpers import assert_trees_close, random_params
 from tests.train_helpers import MODEL, batches, recipe
 
-pytestmark = pytest.mark.every_jax
-
 ONE = parallel.single_device_mesh
 
 
@@ -46,6 +44,7 @@ def run(config, mesh, given, model_config=MODEL):
     return now, found
 
 
+@pytest.mark.every_jax
 @pytest.mark.parametrize("penalty", [MeanL1(mask="loss", layers="mean"), PaperCodeL1(scale=1e-3)])
 def test_equals_plain_formula(tmp_path, penalty):
     """One step: loss as a mean over counted tokens, penalty by its definition, AdamW from optax whole."""
@@ -102,29 +101,29 @@ def test_equals_plain_formula(tmp_path, penalty):
     assert int(now.step) == 1
 
 
-def test_accumulation_is_exact(tmp_path):
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    config = recipe(tmp_path_factory.mktemp("step"), method=ProSparse(Fixed(0.3)), accumulate=1)
+    return config, *run(config, ONE(), batches(4, ONE(), packed=True))
+
+
+@pytest.mark.every_jax
+def test_accumulation_is_exact(on_one_device):
     """Rows with unequal numbers of counted tokens: the mean of micro-batch means would differ by percents."""
-    config = recipe(tmp_path, method=ProSparse(Fixed(0.3)))
-    given = batches(3, ONE(), packed=True)
-    whole, metrics = run(config, ONE(), given)
-    parts, metrics_of_parts = run(dataclasses.replace(config, accumulate=4), ONE(), given)
+    config, whole, metrics = on_one_device
+    parts, metrics_of_parts = run(dataclasses.replace(config, accumulate=4), ONE(), batches(4, ONE(), packed=True))
     assert_trees_close(parts.params, whole.params, 1e-6)
     for a, b in zip(metrics_of_parts, metrics, strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def on_one_device(tmp_path_factory):
-    config = recipe(tmp_path_factory.mktemp("step"), method=ProSparse(Fixed(0.3)), accumulate=1)
-    return config, *run(config, ONE(), batches(4, ONE()))
-
-
+@pytest.mark.every_jax
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
 def test_every_mesh_gives_the_same_losses(on_one_device, shape):
     config, expected_state, expected = on_one_device
     mesh = parallel.make_mesh(MeshConfig(*shape))
-    now, metrics = run(config, mesh, batches(4, mesh))
+    now, metrics = run(config, mesh, batches(4, mesh, packed=True))
     for step, (a, b) in enumerate(zip(metrics, expected, strict=True), 1):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=f"{name} of step {step}")
@@ -134,9 +133,15 @@ def test_every_mesh_gives_the_same_losses(on_one_device, shape):
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, places))
 
 
-def test_bfloat16_computes_float32_keeps(tmp_path):
-    config = recipe(tmp_path)
-    _, [exact, *_] = run(config, ONE(), batches(1, ONE()))
+@pytest.fixture(scope="module")
+def free(tmp_path_factory):
+    """The metrics of 40 steps on one batch, by no method."""
+    return run(recipe(tmp_path_factory.mktemp("free")), ONE(), batches(1, ONE()) * 40)[1]
+
+
+@pytest.mark.every_jax
+def test_bfloat16_computes_float32_keeps(free, tmp_path):
+    config, exact = recipe(tmp_path), free[0]
     with jax.numpy_dtype_promotion("standard"):  # jax's attention in bfloat16 cannot do with "strict"
         now, [rounded, *_] = run(dataclasses.replace(config, dtype="bfloat16"), ONE(), batches(1, ONE()))
     assert {x.dtype for x in jax.tree.leaves((now.params, now.opt_state[1].mu, now.opt_state[1].nu))} == {
@@ -187,12 +192,10 @@ def test_distillation_reduces_kl(tmp_path):
     assert kl[-1] < kl[0] / 2
 
 
-def test_penalty_raises_sparsity(tmp_path):
-    given = batches(1, ONE()) * 40
-    free, _ = run(recipe(tmp_path), ONE(), given), None
-    held, _ = run(recipe(tmp_path, method=ProSparse(Fixed(20.0))), ONE(), given), None
-    assert free[1][0]["sparsity"] == pytest.approx(held[1][0]["sparsity"])
-    assert held[1][-1]["sparsity"].mean() > free[1][-1]["sparsity"].mean() + 0.1
+def test_penalty_raises_sparsity(free, tmp_path):
+    _, held = run(recipe(tmp_path, method=ProSparse(Fixed(20.0))), ONE(), batches(1, ONE()) * 40)
+    assert free[0]["sparsity"] == pytest.approx(held[0]["sparsity"])
+    assert held[-1]["sparsity"].mean() > free[-1]["sparsity"].mean() + 0.1
 
 
 def test_dense_activation_has_no_sparsity(tmp_path):
