@@ -105,7 +105,7 @@ def test_commands(tmp_path, monkeypatch):
     shared = ["--shape", "tiny", "--dtype", "float32", "--probe-bytes", "65536", "--rank", "8"]
     assert run(["bench", "ffn", *shared, "--batch", "1", "--sparsity", "0.5", "0.75", "--kind", "blocks"]) == 0
     values = json.loads((tmp_path / "bench-ffn-tiny.json").read_text())
-    assert len(values["rows"]) == 3 and values["lines"]["tiny"].keys() == {"dense", "blocks"}
+    assert len(values["rows"]) == 4 and values["lines"]["tiny"].keys() == {"dense", "blocks"}
     assert values["bandwidth"]["copy"] > 0 and values["device"]
     assert (
         run(["bench", "decode", *shared, "--context", "4", "--steps", "2", "--variant", "dense", "--json", "d.json"])

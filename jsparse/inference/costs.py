@@ -28,10 +28,10 @@ class Line:
 
 # By what is computed, then by the rows of the batch (a batch takes the next larger entry). H100 80GB HBM3.
 LINES: dict[Kind | Literal["dense"], dict[int, Line]] = {
-    "dense": {1: Line(15.9, 3.36e6)},
-    "blocks": {1: Line(14.0, 3.36e6)},
-    "neurons": {1: Line(12.8, 3.02e6)},
-    "predicted": {1: Line(14.0, 3.36e6)},
+    "dense": {1: Line(7.1, 3.06e6), 8: Line(14.2, 3.06e6)},
+    "blocks": {1: Line(7.9, 2.75e6), 8: Line(38.3, 3.48e6)},
+    "neurons": {1: Line(10.8, 3.03e6), 8: Line(95.4, 0.42e6)},
+    "predicted": {1: Line(17.4, 2.77e6), 8: Line(66.8, 0.46e6)},
 }
 
 
