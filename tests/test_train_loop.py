@@ -35,7 +35,7 @@ from jsparse.train import checkpoint, loop
 from jsparse.train.host import Clock
 from jsparse.train.loop import TrainingError, check_same_recipe, train
 from jsparse.train.metrics import Speed, flops_per_token, read_metrics
-from tests.helpers import random_params
+from tests.helpers import random_params, save_byte_tokenizer
 from tests.train_helpers import MODEL, recipe
 
 TIMES = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "memory_peak"}
@@ -160,6 +160,7 @@ def test_from_a_folder_with_a_teacher_on_packed_documents(tmp_path):
     """SiLU folder to a ReLU student of itself; documents of 3 to 40 tokens; bfloat16."""
     silu = dataclasses.replace(MODEL, activation=Silu())
     hf.save(tmp_path / "model", silu, random_params(silu))
+    save_byte_tokenizer(tmp_path / "model")
     store, rng = tmp_path / "store", np.random.default_rng(0)
     store.mkdir()
     lengths = rng.integers(3, 40, 100)
