@@ -13,8 +13,6 @@ from jsparse.inference import Sampling, decoder, generate
 from jsparse.inference.generate import Choice, _decode, _filters, _prefill, bucket, filter_logits
 from tests.helpers import from_torch, tiny_config, torch_model
 
-pytestmark = pytest.mark.every_jax
-
 CONFIG = tiny_config(activation=Relu(), eos_token_id=None, max_position_embeddings=128)
 WARM = Sampling(temperature=1.0)
 rng = np.random.default_rng(0)
@@ -62,6 +60,7 @@ def greedy_torch(model, prompt, count):
     return found[0, len(prompt) :].tolist()
 
 
+@pytest.mark.every_jax
 @pytest.mark.parametrize("length", [16, 17, 100])
 def test_greedy_takes_the_likeliest_of_the_full_forward(params, length):
     """Within and across buckets, and to the last position of the model."""
@@ -221,6 +220,7 @@ def test_calls_of_one_bucket_compile_once(params, monkeypatch):
     assert traces == ["trunk", "step"]
 
 
+@pytest.mark.every_jax
 def test_under_a_mesh():
     config = dataclasses.replace(CONFIG, vocab_size=72, initializer_range=0.2)
     params = model.init(jax.random.key(0), config)
