@@ -102,6 +102,19 @@ def test_skipping_gives_the_tokens_of_the_masked_dense_model(config, implementat
     assert len({token for text in dense.tokens for token in text}) > 4  # not one token over and over
 
 
+@pytest.mark.parametrize("config", [ROUTED, dataclasses.replace(ROUTED, router=None)], ids=["blocks", "plain"])
+def test_dense_streams_through_the_kernels(config):
+    """Every block, or those that the router names, by the tiling for most of them: XLA's dense FFN, to rounding."""
+    layer = pack(made(config), config).layers[0]
+    x, delta = jax.random.normal(jax.random.key(0), (2, 2, config.hidden_size))
+
+    def step(rest):
+        y, left = decoder.ffn_of_step(layer.ffn_norm, layer.ffn, x, delta, config, "dense", rest)
+        return y if left is None else y + left
+
+    np.testing.assert_allclose(step("triton"), step("xla"), rtol=1e-5, atol=1e-4)
+
+
 def test_packed_matrices_give_the_tokens_of_the_dense_ones():
     config = tiny_config(eos_token_id=None)
     params = made(config)

@@ -231,7 +231,8 @@ def step(
     What `trunk` computes of tokens [B, 1], by kernels that do more each.
 
     Args:
-        implementation: how FFNs are computed of which a token can leave something out; the others are dense.
+        implementation: how FFNs are computed of which a token can leave something out; the others are dense. Of a
+            router's blocks even "dense" leaves out those that nobody names, where the kernel for all of them can.
         rest: the kernels of all else, by name; None: the best there are. On a CPU, Pallas's are interpreted.
 
     Returns:
@@ -289,16 +290,18 @@ def ffn_of_step(
     Returns:
         The residual stream, and what is still to be added to it.
     """
-    dtype = jax.tree.leaves(ffn.weights)[0].dtype
-    kind = None if implementation == "dense" else sparse_kind(ffn, config)
-    if kind == "blocks":
+    dtype = ffn.weights.gate.dtype
+    kind, whole = sparse_kind(ffn, config), implementation == "dense"
+    streams = rest != "xla" and x.shape[0] <= FEW
+    if kind == "blocks" and (streams or not whole):
         x, normed, mask = add_norm_route(x, norm, config.rms_norm_eps, dtype, ffn.router, ffn.router_threshold,
                                          delta=delta, implementation=rest, interpret=_interpreted())  # fmt: skip
-        return sparse_ffn(ffn, normed, x, config, implementation, mask), None
+        chosen: Implementation = (rest or "sparse") if whole else implementation
+        return sparse_ffn(ffn, normed, x, config, chosen, mask, most=whole), None
     x, normed = _add_norm(x, norm, delta, dtype, config, rest)
-    if kind is not None:
+    if kind is not None and not whole:
         return sparse_ffn(ffn, normed, x, config, implementation), None
-    if rest != "xla" and _streams(ffn, normed, config):
+    if streams and _plain(ffn, config):
         return whole_ffn(ffn, normed, x, config, rest), None
     return x, dense_ffn(ffn, normed, config)
 
@@ -392,11 +395,13 @@ def sparse_ffn(
     config: LlamaConfig,
     implementation: Implementation,
     mask: jax.Array | None = None,
+    most: bool = False,
 ) -> jax.Array:
     """residual + FFN(x) by a kernel that reads what is used: x [B, D], residual and result float32 [B, D].
 
     Args:
         mask: bool [B, E], the blocks that the router chose; None lets it choose.
+        most: whether most of them are likely to be in use.
     """
     shared: dict[str, Any] = {
         "activation": _kernel_activation(config.activation),
@@ -408,19 +413,17 @@ def sparse_ffn(
         return nm_ffn(x, *ffn.weights, **shared)
     if config.router is not None:
         choice = {"mask": mask} if mask is not None else {"router": ffn.router, "threshold": ffn.router_threshold}
-        return block_sparse_ffn(x, ffn.weights, **choice, block_size=config.router.block_size, **shared)
+        return block_sparse_ffn(x, ffn.weights, **choice, block_size=config.router.block_size, most=most, **shared)
     return neuron_sparse_ffn(x, ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
 
 
 FEW = 4  # rows up to which a kernel that streams weights past them beats XLA's matrix products
 
 
-def _streams(ffn: Ffn, x: jax.Array, config: LlamaConfig) -> bool:
-    """Whether `whole_ffn` is the faster dense FFN, and knows this one."""
-    plain = (
-        isinstance(ffn.weights, PackedFFN) and config.router is None and ffn.gate_bias is None and ffn.cutoff is None
-    )
-    return plain and x.shape[0] <= FEW and _kernel_activation(config.activation) is not None
+def _plain(ffn: Ffn, config: LlamaConfig) -> bool:
+    """Whether `whole_ffn` knows this FFN."""
+    bare = config.router is None and ffn.gate_bias is None and ffn.cutoff is None
+    return bare and isinstance(ffn.weights, PackedFFN) and _kernel_activation(config.activation) is not None
 
 
 def whole_ffn(

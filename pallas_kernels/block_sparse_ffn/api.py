@@ -22,6 +22,7 @@ def block_sparse_ffn(
     block_size: int,
     mask: jax.Array | None = None,
     residual: jax.Array | None = None,
+    most: bool = False,
     implementation: Implementation | None = None,
     deterministic: bool = False,
     interpret: Any = False,
@@ -45,6 +46,7 @@ def block_sparse_ffn(
         block_size: neurons a block.
         mask: bool [B, E], instead of a router.
         residual: float32 [B, D] to which the result is added.
+        most: says that most blocks will be in use. The result is the same; on a GPU another tiling is faster then.
         implementation: a backend's name, which fails where it cannot run; None takes the best that can.
         deterministic: the same bits at every run. Kernels that add with atomics store partial sums instead.
         interpret: runs a Pallas backend on the CPU; True, or the backend's own interpreter parameters.
@@ -68,7 +70,7 @@ def block_sparse_ffn(
     choice = mask if router is None else Router(router, jnp.asarray(threshold, jnp.float32).reshape(1))
     operands = backend.vary_together((x, weights, (choice,), residual))
     module = backend.choose(__package__, implementation, x, weights, block_size)
-    settings = {"activation": activation, "block_size": block_size, "deterministic": deterministic,
-                "interpret": interpret}  # fmt: skip
+    settings = {"activation": activation, "block_size": block_size, "most": most or choice is None,
+                "deterministic": deterministic, "interpret": interpret}  # fmt: skip
     y = sparse_ffn(Body(module.block_sparse_ffn, xla.block_sparse_ffn, tuple(settings.items())), *operands)
     return y if residual is not None else y.astype(x.dtype)

@@ -32,6 +32,7 @@ def block_sparse_ffn(
     residual: jax.Array | None,
     activation: Activation,
     block_size: int,
+    most: bool = False,
     deterministic: bool = False,
     interpret: Any = False,
     tuning: Tuning | None = None,

@@ -29,6 +29,7 @@ def block_sparse_ffn(
     residual: jax.Array | None,
     activation: Activation,
     block_size: int,
+    most: bool = False,
     deterministic: bool = True,
     interpret: Any = False,
 ) -> jax.Array:

@@ -37,6 +37,7 @@ def block_sparse_ffn(
     residual: jax.Array | None,
     activation: Activation,
     block_size: int,
+    most: bool = False,
     deterministic: bool = True,
     interpret: bool = False,
     product: Any = exact,

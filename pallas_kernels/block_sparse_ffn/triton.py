@@ -34,10 +34,10 @@ class Tuning:
     ahead: bool = True  # fma: loads the first chunk of down before gate and up are summed
 
 
-def default_tuning(tokens: int, width: int, dtype: Any, whole: bool) -> Tuning:
+def default_tuning(tokens: int, width: int, dtype: Any, most: bool) -> Tuning:
     """For an H100. Few rows a program and all their loads at once leave no processor idle where little is left to do
     for one or two tokens; otherwise tensor cores, which round float32, stream better."""
-    if dtype == jnp.float32 or (tokens <= 2 and not whole):
+    if dtype == jnp.float32 or (tokens <= 2 and not most):
         return Tuning("fma", rows=4, chunk=4096, down_chunk=4096, warps=shared.warps_for(width))
     if tokens == 1:
         return Tuning("dot", rows=32, chunk=256, down_chunk=128, warps=4, stages=3)
@@ -63,13 +63,14 @@ def block_sparse_ffn(
     residual: jax.Array | None,
     activation: Activation,
     block_size: int,
+    most: bool = False,
     deterministic: bool = False,
     interpret: Any = False,
     tuning: Tuning | None = None,
 ) -> jax.Array:
     """As `reference.block_sparse_ffn`, the hidden values rounded to x's dtype on the dot path."""
     neurons = weights.gate.shape[0]
-    tuning = tuning or default_tuning(x.shape[0], x.shape[1], x.dtype, choice is None)
+    tuning = tuning or default_tuning(x.shape[0], x.shape[1], x.dtype, most)
     tuning = replace(tuning, rows=shared.power_of_two(tuning.rows, block_size))
     if isinstance(choice, Router):
         choice = _mask(x, choice, interpret)
