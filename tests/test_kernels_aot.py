@@ -64,7 +64,7 @@ def test_one_launch_adds_to_the_residual_on_the_h100() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 10_000
 
 
-@pytest.mark.parametrize("settings", [{"deterministic": True}, {"dtype": jnp.float32, "tokens": 4}])
+@pytest.mark.parametrize("settings", [{"deterministic": True}, {"dtype": jnp.float32, "tokens": 4}, {"most": True}])
 def test_variants_on_the_h100(settings: dict[str, Any]) -> None:
     compile_block(H100, "llama2-7b", **({"tokens": 1} | settings))
 
