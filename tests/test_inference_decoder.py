@@ -77,9 +77,12 @@ def test_half_precision_keeps_the_routers_own_choice():
     x = jnp.zeros((1, ROUTED.hidden_size), jnp.bfloat16).at[:, :2].set(8.0)  # a score of 0.498, rounded 0.5
     np.testing.assert_array_equal(packed.layers[1].ffn.router, router[1].T)
     assert not jnp.any(decoder.dense_ffn(packed.layers[0].ffn, x, ROUTED))
-    residual = jnp.zeros(x.shape, jnp.float32)
+    norm = jnp.full(ROUTED.hidden_size, (2 * 8.0**2 / ROUTED.hidden_size) ** 0.5)  # gives x back
+    residual = x.astype(jnp.float32)
     for implementation in ("xla", "triton", "reference"):
-        assert not jnp.any(decoder.sparse_ffn(packed.layers[0].ffn, x, residual, ROUTED, implementation))
+        for chosen in (implementation, "dense"):
+            y, delta = decoder.ffn_of_step(norm, packed.layers[0].ffn, residual, None, ROUTED, chosen, implementation)
+            assert not jnp.any(y - residual if delta is None else y - residual + delta)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])

@@ -11,16 +11,14 @@ import argparse
 import collections
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jsparse.bench import decode
 from jsparse.bench.shapes import SHAPES
-from jsparse.inference.generate import Choice, State, _decode, bucket
+from jsparse.inference.generate import State, bucket
 
 CONTEXT = 512
 
@@ -37,23 +35,16 @@ def main() -> None:
 
     shape = SHAPES[args.shape]
     dense = decode._random_decoder(shape, "bfloat16")
-    choice = Choice(np.zeros(1, np.uint32), np.full(8, -1, np.int32), {})
     slots = bucket(CONTEXT + 1 + max(args.steps, args.timed_steps))
 
     def start() -> State:
         return jax.block_until_ready(decode._random_state(dense, jax.random.key(5), shape, 1, CONTEXT, slots))
 
     for name in args.variant:
-        variant = decode.VARIANTS[name]
-        decoder, config = decode._variant(dense, shape, variant, args.rank)
-        implementation = "sparse" if variant.leaves_out else "dense"
-        run = _decode.lower(decoder, start(), choice, 0, config=config, implementation=implementation,
-                            rest=variant.rest).compile(compiler_options=variant.compiler)  # fmt: skip
+        run, decoder, _ = decode._build(dense, shape, decode.VARIANTS[name], args.rank, "sparse", start())
 
         def seconds(steps: int) -> float:
-            state, began = start(), time.perf_counter()
-            jax.block_until_ready(run(decoder, state, choice, CONTEXT + 1 + steps))  # noqa: B023
-            return time.perf_counter() - began
+            return decode._timed(run, decoder, start(), CONTEXT + 1 + steps)  # noqa: B023
 
         ms = statistics.median([seconds(args.timed_steps) for _ in range(4)][1:]) / args.timed_steps * 1e3
         print(f"{name}: {ms:.3f} ms a step", flush=True)

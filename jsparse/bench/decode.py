@@ -110,7 +110,6 @@ def bench_decode(
         tell: called with a line of text for each measurement.
     """
     dense = _random_decoder(shape, dtype)
-    choice = Choice(np.zeros(batch, np.uint32), np.full(8, -1, np.int32), {})
     until = context + 1 + steps
 
     def start() -> State:
@@ -118,12 +117,7 @@ def bench_decode(
 
     def build(name: str, first: State) -> tuple[Any, Decoder, LlamaConfig, float]:
         began = time.perf_counter()
-        variant = VARIANTS[name]
-        decoder, config = _variant(dense, shape, variant, rank)
-        chosen: Implementation = implementation if variant.leaves_out else "dense"
-        lowered = _decode.lower(decoder, first, choice, 0, config=config, implementation=chosen, rest=variant.rest)
-        compiled = lowered.compile(compiler_options=variant.compiler)
-        return compiled, decoder, config, time.perf_counter() - began
+        return *_build(dense, shape, VARIANTS[name], rank, implementation, first), time.perf_counter() - began
 
     rows: list[DecodeSpeed] = []
 
@@ -132,7 +126,7 @@ def bench_decode(
             if isinstance(found, Exception):
                 raise found
             run, decoder, config, compile_seconds = found
-            seconds = [_timed(run, decoder, start(), choice, until) for _ in range(repeats + 1)][1:]
+            seconds = [_timed(run, decoder, start(), until) for _ in range(repeats + 1)][1:]
         except Exception as error:
             return tell(f"{name}: left out, {type(error).__name__}: {error}"[:300])
         ms = statistics.median(seconds) / steps * 1e3
@@ -158,8 +152,24 @@ def bench_decode(
     return [dataclasses.replace(row, speedup=best / row.ms, speedup_limit=size / row.bytes) for row in rows]
 
 
-def _timed(run: Any, decoder: Decoder, state: State, choice: Choice, until: int) -> float:
-    began = time.perf_counter()
+def _build(
+    dense: Decoder, shape: LlamaConfig, variant: Variant, rank: int, implementation: Implementation, state: State
+) -> tuple[Any, Decoder, LlamaConfig]:
+    """The compiled token loop of a variant, for states like the one given, and its decoder and config."""
+    decoder, config = _variant(dense, shape, variant, rank)
+    chosen: Implementation = implementation if variant.leaves_out else "dense"
+    choice = _greedy(len(state.stopped))
+    lowered = _decode.lower(decoder, state, choice, 0, config=config, implementation=chosen, rest=variant.rest)
+    return lowered.compile(compiler_options=variant.compiler), decoder, config
+
+
+def _greedy(batch: int) -> Choice:
+    return Choice(np.zeros(batch, np.uint32), np.full(8, -1, np.int32), {})
+
+
+def _timed(run: Any, decoder: Decoder, state: State, until: int) -> float:
+    """Seconds until `until` slots hold tokens."""
+    choice, began = _greedy(len(state.stopped)), time.perf_counter()
     jax.block_until_ready(run(decoder, state, choice, until))
     return time.perf_counter() - began
 

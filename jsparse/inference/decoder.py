@@ -294,8 +294,10 @@ def ffn_of_step(
     kind, whole = sparse_kind(ffn, config), implementation == "dense"
     streams = rest != "xla" and x.shape[0] <= FEW
     if kind == "blocks" and (streams or not whole):
+        # many rows are better normalised once than by every program that scores blocks
+        route = rest if streams else "xla"
         x, normed, mask = add_norm_route(x, norm, config.rms_norm_eps, dtype, ffn.router, ffn.router_threshold,
-                                         delta=delta, implementation=rest, interpret=_interpreted())  # fmt: skip
+                                         delta=delta, implementation=route, interpret=_interpreted())  # fmt: skip
         chosen: Implementation = (rest or "sparse") if whole else implementation
         return sparse_ffn(ffn, normed, x, config, chosen, mask, most=whole), None
     x, normed = _add_norm(x, norm, delta, dtype, config, rest)
@@ -356,9 +358,8 @@ def _attend_once(
         y, layer_cache = _attention(attention, x[:, None], config, shape, place, layer_cache)
         return y[:, 0], layer_cache
     product = functools.partial(matvec, implementation=rest, interpret=_interpreted())
-    exact = attention.qkv_bias is not None
-    qkv = product(x, attention.qkv, dtype=jnp.float32 if exact else x.dtype)
-    qkv = _add(qkv, attention.qkv_bias).astype(x.dtype)
+    at_once = x.dtype if attention.qkv_bias is None else jnp.float32  # rounded only after the bias
+    qkv = _add(product(x, attention.qkv, dtype=at_once), attention.qkv_bias).astype(x.dtype)
     y, *filled = decode_attention(qkv, *layer_cache, place.cos[:, 0], place.sin[:, 0], start, length,
                                   implementation=rest, interpret=_interpreted())  # fmt: skip
     return _add(product(y, attention.output), attention.output_bias), LayerCache(*filled)
@@ -400,7 +401,7 @@ def sparse_ffn(
     """residual + FFN(x) by a kernel that reads what is used: x [B, D], residual and result float32 [B, D].
 
     Args:
-        mask: bool [B, E], the blocks that the router chose; None lets it choose.
+        mask: bool [B, E], the blocks that the router chose, where there is one.
         most: whether most of them are likely to be in use.
     """
     shared: dict[str, Any] = {
@@ -412,8 +413,8 @@ def sparse_ffn(
     if isinstance(ffn.weights, NMFfn):
         return nm_ffn(x, *ffn.weights, **shared)
     if config.router is not None:
-        choice = {"mask": mask} if mask is not None else {"router": ffn.router, "threshold": ffn.router_threshold}
-        return block_sparse_ffn(x, ffn.weights, **choice, block_size=config.router.block_size, most=most, **shared)
+        assert mask is not None
+        return block_sparse_ffn(x, ffn.weights, mask=mask, block_size=config.router.block_size, most=most, **shared)
     return neuron_sparse_ffn(x, ffn.weights, ffn.predictor, cutoff=ffn.cutoff, **shared)
 
 

@@ -1,7 +1,7 @@
 """The residual addition with RMSNorm in one launch on an NVIDIA GPU: a program a row.
 
-With a router, a program scores two of its blocks, and each normalises all rows for itself: that takes no longer than
-its rows of the router take to arrive, and less than a launch.
+With a router, a program scores two of its blocks, and each normalises all rows for itself: for a few rows that takes no
+longer than its rows of the router take to arrive, and less than a launch.
 """
 
 import functools
@@ -13,10 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import triton as shared
-from pallas_kernels.add_rms_norm import reference
 from pallas_kernels.block_sparse_ffn.reference import Router
 
-MOST = 4  # rows that are worth normalising again and again
 LARGEST = 16_384  # values of a row that a program's registers hold
 
 
@@ -75,11 +73,7 @@ def add_norm_route(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `reference.add_norm_route`."""
     (rows, width), blocks = x.shape, router.weight.shape[0]
-    if rows > MOST:
-        return reference.add_norm_route(x, scale, eps, dtype, router, delta)
-    some = shared.power_of_two(2, blocks)
-
-    chunks = shared.columns(width, 4096)
+    some, chunks = shared.power_of_two(2, blocks), shared.columns(width, 4096)
 
     def kernel(x_ref: Any, scale_ref: Any, weight_ref: Any, threshold_ref: Any, *refs: Any) -> None:
         *delta_refs, sum_ref, normed_ref, mask_ref = refs

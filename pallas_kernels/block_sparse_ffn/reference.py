@@ -44,8 +44,5 @@ def block_sparse_ffn(
 ) -> jax.Array:
     """As `api.block_sparse_ffn`; `choice` is a router, a mask, bool [B, E], or None for every block; the result float32
     [B, D]."""
-    mask = None
-    if choice is not None:
-        blocks = weights.gate.shape[0] // block_size
-        mask = jnp.repeat(active_blocks(x, choice, blocks), block_size, axis=1)
+    mask = jnp.repeat(active_blocks(x, choice, weights.gate.shape[0] // block_size), block_size, axis=1)
     return masked_ffn(x, weights, mask, None, residual, activation, product)
