@@ -67,6 +67,7 @@ from jsparse.train.terms import training_config
 METHODS: dict[str, Any] = {"dense": Dense, "lte": LteStage1, "noisy": NoisyTopK, "predictor": Predictor,
                            "oracle": Predictor}  # fmt: skip
 KNOBS = ("target_sparsity", "separation", "separation_ramp", "epsilon", "router_lr")  # of stage 1, traced
+BEFORE = ("grouping", "init")  # of stage 1 too, but of no step: they make the parameters that it starts from
 DEFAULT = [
     "dense",
     *[f"lte,target_sparsity={share}" for share in (0.5, 0.7, 0.3, 0.8)],
@@ -193,7 +194,8 @@ class Study:
         """What is trained, one after the other: recipe, whose traced numbers are the defaults', and model."""
         method = variant.method
         if isinstance(method, LteStage1):
-            first = dataclasses.replace(method, **{name: getattr(LteStage1(0.5), name) for name in KNOBS})
+            plain = {name: getattr(LteStage1(0.5), name) for name in (*KNOBS, *BEFORE)}
+            first = dataclasses.replace(method, **plain)
             methods: list[Method] = [first, LteStage2()]
         else:  # sparsity is a parameter of the model
             methods = [method if isinstance(method, Dense) else dataclasses.replace(method, sparsity=0.5)]
