@@ -19,17 +19,21 @@ from pallas_kernels import (
     block_sparse_ffn,
     block_sparse_matmul,
     neuron_sparse_ffn,
+    tile_sparse_matmul,
 )
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn.reference import Router
 from pallas_kernels.block_sparse_matmul import api as block_product_api
 from pallas_kernels.block_sparse_matmul import reference as matmul_reference
 from pallas_kernels.neuron_sparse_ffn import reference as neuron_reference
+from pallas_kernels.tile_sparse_matmul import reference as tile_reference
 from tests.aot import H100, compile_for
 from tests.kernels import assert_close, random
 from tests.test_kernels_blocks import Case as Product
 from tests.test_kernels_blocks import value_and_gradients
 from tests.test_kernels_ffn import RELU, SILU, Case
+from tests.test_kernels_tiles import Case as Tiles
+from tests.test_kernels_tiles import value_and_gradients as tile_gradients
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 if jax.__version_info__ < (0, 11):
@@ -39,6 +43,7 @@ from pallas_kernels import mosaic_gpu as shared  # noqa: E402
 from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_sparse  # noqa: E402
 from pallas_kernels.block_sparse_matmul import mosaic_gpu as matmul  # noqa: E402
 from pallas_kernels.neuron_sparse_ffn import mosaic_gpu as neuron_sparse  # noqa: E402
+from pallas_kernels.tile_sparse_matmul import mosaic_gpu as tile_sparse  # noqa: E402
 
 pytestmark = pytest.mark.every_jax
 
@@ -199,6 +204,78 @@ def test_block_sparse_matmul_by_name_in_vmap_and_shards() -> None:
     assert_close(got, (jnp.stack([y, 2 * y]), (y, *gradients)), case.dtype)
 
 
+Slices = tile_sparse.Tuning
+TILES = {
+    "bfloat16, tiles that end early, odd blocks and slices, a slice over the edge": (
+        Tiles(tokens=136, tile=64, width=192, block=64, blocks=3, dtype=jnp.bfloat16),
+        Slices(stages=3, group=1, programs=2),
+    ),
+    "float16, tiles and blocks of 128, all active, a short ring": (
+        Tiles(tokens=128, tile=128, width=128, block=128, blocks=2, density=1.0, dtype=jnp.float16),
+        Slices(width=64, stages=2, programs=1),
+    ),
+    "nothing active, fewer tokens than a tile": (
+        Tiles(tokens=8, tile=64, width=64, block=64, blocks=3, density=0.0, dtype=jnp.bfloat16),
+        Slices(width=64, programs=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("sparse", ["outputs", "inputs"])
+@pytest.mark.parametrize(("case", "tuning"), TILES.values(), ids=TILES)
+def test_tile_sparse_matmul(case: Tiles, tuning: Any, sparse: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Forward, dX and dW."""
+    x, weight, mask, dy = case.operands(sparse)
+    turned: Any = "inputs" if sparse == "outputs" else "outputs"
+
+    def three(module: Any, *how: Any) -> Any:
+        return (
+            module.matmul(x, weight, mask, sparse, case.tile, False, *how),
+            module.matmul(dy, weight, mask, turned, case.tile, True, *how),
+            module.weight_gradient(x, dy, mask, sparse, case.tile, *how),
+        )
+
+    got = jax.jit(lambda: three(tile_sparse, plgpu.InterpretGPUParams(detect_races=True), tuning))()
+    assert not racing(capfd)
+    assert_close(got, three(tile_reference), case.dtype)
+
+
+def test_tile_sparse_matmul_by_name_in_vmap_scan_and_shards() -> None:
+    """Through the public function: masks that differ, and with its gradients in a mesh."""
+    case = Tiles(tokens=16, tile=64, width=64, block=64, blocks=2, dtype=jnp.bfloat16)
+    how: Any = {"implementation": "mosaic_gpu", "interpret": True}
+    masks = jnp.asarray([[[True, False]], [[False, True]]])
+    x, weight, _, dy = case.operands("outputs")
+    columns = P(None, "tensor")
+    sharded = jax.shard_map(
+        partial(tile_gradients, "outputs", case.tile, **how),
+        mesh=ONE,
+        in_specs=(P(), columns, columns, columns),
+        out_specs=(columns, P(), columns),
+    )
+    product = lambda mask, **how: tile_sparse_matmul(x, weight, mask, sparse="outputs", tile_size=case.tile, **how)
+    run = partial(product, **how)
+    got = jax.jit(lambda: (jax.vmap(run)(masks), jax.lax.map(run, masks), sharded(x, weight, masks[0], dy)))()
+    expected = jnp.stack([product(mask, implementation="reference") for mask in masks])
+    gradients = tile_gradients("outputs", case.tile, x, weight, masks[0], dy, implementation="reference")
+    assert_close(got, (expected, expected, gradients), case.dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        (Tiles(tile=64, block=64), "expected bfloat16 or float16, got float32"),
+        (Tiles(dtype=jnp.bfloat16), "expected tiles and blocks of 64 or 128, got 32 and 32"),
+        (Tiles(tile=64, block=64, dtype=jnp.bfloat16), "expected a weight that 64 divides, got \\(48, 192\\)"),
+        (Tiles(12, 64, 64, 64, dtype=jnp.bfloat16), "expected a number of tokens that 8 divides, got 12"),
+    ],
+)
+def test_refused_tiles(case: Tiles, names: str) -> None:
+    x, weight, mask, _ = case.operands("outputs")
+    with pytest.raises(ValueError, match=names):
+        tile_sparse_matmul(x, weight, mask, sparse="outputs", tile_size=case.tile, implementation="mosaic_gpu")
+
+
 @pytest.mark.parametrize(("block", "chosen"), [(8, "triton"), (4, "xla")])
 def test_has_to_be_named(block: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too, and where Triton's kernel does not take the call."""
@@ -308,5 +385,17 @@ def test_block_sparse_matmul_compiles_for_the_h100(block: int, dtype: Any) -> No
     weight = BlockSparse(values, index(half), index(half), index(columns + 1), index(half), index(rows + 1))
     x, dy = (jax.ShapeDtypeStruct((2008, n), dtype) for n in (inputs, outputs))
     compiled = compile_for(H100, partial(value_and_gradients, implementation="mosaic_gpu"), x, weight, dy)
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 3
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20  # lists; nothing like a matrix
+
+
+@pytest.mark.parametrize(("sparse", "size"), [("outputs", 128), ("inputs", 64)])
+def test_tile_sparse_matmul_compiles_for_the_h100(sparse: str, size: int) -> None:
+    """Forward and gradients of LLaMA2-7B's gate and down, and a last tile that is not full."""
+    inputs, outputs = (4096, 11008) if sparse == "outputs" else (11008, 4096)
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    mask = shape(-(-2008 // size), 11008 // size, dtype=jnp.bool_)
+    run = partial(tile_gradients, sparse, size, implementation="mosaic_gpu")
+    compiled = compile_for(H100, run, shape(2008, inputs), shape(inputs, outputs), mask, shape(2008, outputs))
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 3
     assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20  # lists; nothing like a matrix

@@ -1,4 +1,4 @@
-r"""Checks and times the packed N:M and the block-sparse products on a GPU, and tries how their work is best cut.
+r"""Checks and times the packed N:M, block-sparse and tile-sparse products on a GPU, and tries how work is best cut.
 
     PYTHONPATH=. python tools/tune_matmul.py --out matmul.json --seconds 300
 
@@ -10,8 +10,9 @@ and on a CPU, of no meaning as a measurement:
 Decode: gated FFNs of 2:4 weights in bfloat16, the weights of several layers in turn, many tokens in one program, each
 FFN reading what the one before left in the residual stream; beside them the same FFNs dense through XLA (its default,
 cuBLAS alone; inputs first or neurons first) and the time that the bytes take at the card's measured rate. Training:
-forward and both gradients of a block-sparse product beside the dense product with a masked weight. Whatever is timed
-runs many times over in one program, so that what the host takes to start it does not count.
+forward and both gradients of a block-sparse product beside the dense product with a masked weight. Tiles: the same of
+products in which every tile of tokens has its own random blocks, beside the dense product between masks. Whatever is
+timed runs many times over in one program, so that what the host takes to start it does not count.
 """
 
 # ruff: noqa: B023, as every closure is called where it is made
@@ -35,6 +36,9 @@ from pallas_kernels.block_sparse_matmul import BlockSparse, block_sparse_matmul,
 from pallas_kernels.block_sparse_matmul import mosaic_gpu as block_mosaic
 from pallas_kernels.block_sparse_matmul import triton as block_triton
 from pallas_kernels.nm_matmul import triton as nm_triton
+from pallas_kernels.tile_sparse_matmul import mosaic_gpu as tile_mosaic
+from pallas_kernels.tile_sparse_matmul import tile_sparse_matmul
+from pallas_kernels.tile_sparse_matmul import triton as tile_triton
 
 SILU = Activation("silu")
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -83,23 +87,29 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x11008", "576x1536"], help="D x F of FFNs to decode with")
     parser.add_argument("--layers", type=int, default=8, help="whose weights take turns")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--tokens", type=int, default=8192, help="of the block-sparse product")
-    parser.add_argument("--matrix", default="4096x11008", help="I x O of the block-sparse product")
-    parser.add_argument("--block", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS), help="of that product")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the block- and tile-sparse products")
+    parser.add_argument("--matrix", default="4096x11008", help="I x O of those products")
+    parser.add_argument(
+        "--block", type=int, nargs="+", default=[128, 64], help="block sizes; a tile has as many tokens"
+    )
+    parser.add_argument(
+        "--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS), help="of those products"
+    )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
     parser.add_argument("--steps", type=int, default=96, help="tokens decoded in one program")
     parser.add_argument("--rounds", type=int, default=24, help="block-sparse products, and copies, in one program")
-    parser.add_argument("--only", choices=["decode", "training"])
+    parser.add_argument("--only", choices=["decode", "training", "tiles"])
     parser.add_argument("--tune-batches", type=int, nargs="*", default=[1, 8], help="at the first of the shapes")
     parser.add_argument("--tune-blocks", type=int, nargs="*", default=[128], help="block sizes, at half of them")
     parser.add_argument("--interpret", action="store_true", help="run the kernels on a CPU")
     run = Run(parser.parse_args())
     device = jax.devices()[0].device_kind
-    if run.args.only != "decode":
+    if run.args.only in (None, "training"):
         run.try_("training", lambda: training(run, *sizes(run.args.matrix)))
-    if run.args.only != "training":
+    if run.args.only in (None, "tiles"):
+        run.try_("tiles", lambda: tiles(run, *sizes(run.args.matrix)))
+    if run.args.only in (None, "decode"):
         run.try_("bandwidth", lambda: bandwidth(run))
         for shape in run.args.shapes:
             run.try_(f"decode {shape}", lambda: decode(run, *sizes(shape)))
@@ -287,8 +297,9 @@ def training(run: Run, inputs: int, outputs: int) -> None:
                 if sparsity == 0.5:
                     run.try_(f"check blocks, {name}", lambda: check_blocks(run, name, x, packed, dy))
                     if size in run.args.tune_blocks:
-                        tunings[name] = tune_blocks(run, name, x, packed, dy)
-                parts = {part: time_part(run, name, part, tunings[name][part], x, packed, dy) for part in PARTS}
+                        labels = {"kind": "block tuning", "backend": name, "block": size}
+                        tunings[name] = tune(run, labels, BACKENDS[name], PARTS, x, packed, dy)
+                parts = time_parts(run, name, BACKENDS[name], PARTS, tunings[name], x, packed, dy)
 
                 def three(x: jax.Array, w: BlockSparse, dy: jax.Array) -> Any:
                     f = functools.partial(block_sparse_matmul, implementation=name, interpret=run.args.interpret)
@@ -325,7 +336,7 @@ PARTS: dict[str, Callable[..., jax.Array]] = {
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of the block-sparse product and the tilings to try, its default first."""
+    """A backend of a product and the tilings to try, its default first."""
 
     module: Any
     tilings: list[Any]
@@ -356,10 +367,16 @@ BACKENDS = {
 }
 
 
-def time_part(run: Run, backend: str, part: str, tuning: Any, x: jax.Array, w: BlockSparse, dy: jax.Array) -> Any:
-    """Seconds of one of PARTS, or None."""
-    call = functools.partial(PARTS[part], BACKENDS[backend].module, interpret=run.args.interpret, tuning=tuning)
-    return run.try_(f"{part}, {backend}, {tuning}", lambda: rounds(run, call, x, w, dy))
+def time_parts(
+    run: Run, name: str, backend: Backend, parts: Any, tunings: dict[str, Any], x: jax.Array, w: Any, dy: jax.Array
+) -> dict[str, float | None]:
+    """Seconds of each part at its tuning, or None."""
+
+    def timed(part: str) -> float | None:
+        call = functools.partial(parts[part], backend.module, interpret=run.args.interpret, tuning=tunings[part])
+        return run.try_(f"{part}, {name}, {tunings[part]}", lambda: rounds(run, call, x, w, dy))
+
+    return {part: timed(part) for part in parts}
 
 
 def rounds(run: Run, f: Callable[..., Any], x: jax.Array, w: Any, dy: jax.Array) -> float:
@@ -378,18 +395,17 @@ def rounds(run: Run, f: Callable[..., Any], x: jax.Array, w: Any, dy: jax.Array)
     return run.seconds(loop, x, w, dy) / run.args.rounds
 
 
-def tune_blocks(run: Run, backend: str, x: jax.Array, w: BlockSparse, dy: jax.Array) -> dict[str, Any]:
-    """The fastest tiling for each of PARTS."""
-    tilings = BACKENDS[backend].tilings
-    best = dict.fromkeys(PARTS, (float("inf"), tilings[0]))
-    for tuning in tilings:
-        row: dict[str, float] = {}
-        for part in PARTS:
-            taken = time_part(run, backend, part, tuning, x, w, dy)
-            if taken:
-                best[part] = min(best[part], (taken, tuning), key=lambda pair: pair[0])
-                row[f"{part}_ms"] = taken * 1e3
-        run.add(kind="block tuning", backend=backend, block=w.block_size, tuning=str(tuning), **row)
+def tune(
+    run: Run, labels: dict[str, Any], backend: Backend, parts: Any, x: jax.Array, w: Any, dy: jax.Array
+) -> dict[str, Any]:
+    """The fastest tiling for each of the parts."""
+    best = dict.fromkeys(parts, (float("inf"), backend.tilings[0]))
+    for tuning in backend.tilings:
+        taken = time_parts(run, labels["backend"], backend, parts, dict.fromkeys(parts, tuning), x, w, dy)
+        row = {part: seconds for part, seconds in taken.items() if seconds}
+        for part, seconds in row.items():
+            best[part] = min(best[part], (seconds, tuning), key=lambda pair: pair[0])
+        run.add(**labels, tuning=str(tuning), **{f"{part}_ms": seconds * 1e3 for part, seconds in row.items()})
     return {part: tuning for part, (_, tuning) in best.items()}
 
 
@@ -398,16 +414,107 @@ def check_blocks(run: Run, backend: str, x: jax.Array, w: BlockSparse, dy: jax.A
 
     def all_three(**kw: Any) -> Any:
         call = lambda x, values: block_sparse_matmul(x, dataclasses.replace(w, values=values), **kw)
-        y, vjp = jax.vjp(call, x, w.values)
-        return y, *vjp(dy)
+        return gradients(call)(x, w.values, dy)
 
     expected = all_three(implementation="xla")
     got = all_three(implementation=backend, interpret=run.args.interpret)
+    compare(run, f"blocks of {w.block_size}, {backend}", x.shape[0], got, expected)
+
+
+def compare(run: Run, what: str, tokens: int, got: Any, expected: Any) -> None:
+    """Value and gradients."""
     for name, a, b in zip(("y", "dx", "dw"), got, expected, strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
-        what = f"blocks of {w.block_size}, {backend}, {name}"
-        run.add(kind="check", what=what, tokens=x.shape[0], error=error, ok=error < 0.02)
+        run.add(kind="check", what=f"{what}, {name}", tokens=tokens, error=error, ok=error < 0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tiles
+# --------------------------------------------------------------------------------------------------------------------
+
+TILE_BACKENDS = {
+    "triton": Backend(
+        tile_triton,
+        [
+            tile_triton.default_tuning(jnp.bfloat16),
+            tile_triton.Tuning(stages=3),
+            tile_triton.Tuning(warps=4, stages=3),
+        ],
+    ),
+    "mosaic_gpu": Backend(
+        tile_mosaic,
+        [
+            tile_mosaic.Tuning(),
+            tile_mosaic.Tuning(group=8),
+            tile_mosaic.Tuning(group=32),
+            tile_mosaic.Tuning(stages=3),
+        ],
+    ),
+}
+
+
+def tiles(run: Run, inputs: int, outputs: int) -> None:
+    """Blocks of outputs, tuned at half of them, then blocks of inputs; the mask is as long as the outputs or inputs."""
+    x, w, dy = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate([(run.args.tokens, inputs), (inputs, outputs), (run.args.tokens, outputs)])
+    )
+    w = w * jnp.bfloat16(inputs**-0.5)
+    dense = run.try_("dense", lambda: rounds(run, gradients(lambda x, w: x @ w), x, w, dy))
+    flops = 6 * run.args.tokens * inputs * outputs
+    for size in run.args.block:
+        tunings: dict[str, dict[str, Any]] = {}
+        for sparse in ("outputs", "inputs"):
+            blocks = (outputs if sparse == "outputs" else inputs) // size
+            parts = tile_parts(sparse, size)
+            for sparsity in sorted(run.args.sparsities, key=lambda s: abs(s - 0.5)):
+                shape = -(-run.args.tokens // size), blocks
+                kept = np.random.default_rng(0).random(shape) >= sparsity
+                weight = w, jnp.asarray(kept)
+
+                def three(implementation: Any) -> Callable[..., Any]:
+                    def f(x: jax.Array, weight: Any, dy: jax.Array) -> Any:
+                        how = {"implementation": implementation, "interpret": run.args.interpret}
+                        op = lambda x, w: tile_sparse_matmul(x, w, weight[1], sparse=sparse, tile_size=size, **how)
+                        return gradients(op)(x, weight[0], dy)
+
+                    return f
+
+                masked = run.try_("masked dense", lambda: rounds(run, three("xla"), x, weight, dy))
+                for name in run.args.backends:
+                    backend, what = TILE_BACKENDS[name], f"tiles of {size}, {sparse}, {name}"
+                    if sparsity == 0.5:
+                        run.try_(
+                            f"check {what}",
+                            lambda: compare(run, what, run.args.tokens,
+                                            *(jax.jit(three(by))(x, weight, dy) for by in (name, "xla"))),
+                        )  # fmt: skip
+                    if name not in tunings:
+                        tunings[name] = dict.fromkeys(parts, backend.tilings[0])
+                        if size in run.args.tune_blocks:
+                            labels = {"kind": "tile tuning", "backend": name, "block": size, "sparse": sparse}
+                            tunings[name] = tune(run, labels, backend, parts, x, weight, dy)
+                    taken = time_parts(run, name, backend, parts, tunings[name], x, weight, dy)
+                    default = run.try_(f"tile_sparse_matmul, {name}", lambda: rounds(run, three(name), x, weight, dy))
+                    if None in (*taken.values(), default, masked, dense):
+                        continue
+                    total = sum(taken.values())
+                    run.add(kind="tiles", backend=name, block=size, sparse=sparse, sparsity=sparsity, ms=total * 1e3,
+                            default_ms=default * 1e3, masked_dense_ms=masked * 1e3, dense_ms=dense * 1e3,
+                            speedup=masked / total, tflops=flops * float(kept.mean()) / total / 1e12,
+                            dense_tflops=flops / dense / 1e12, **{f"{part}_ms": t * 1e3 for part, t in taken.items()},
+                            tunings={part: str(t) for part, t in tunings[name].items()})  # fmt: skip
+
+
+def tile_parts(sparse: Any, tile: int) -> dict[str, Callable[..., jax.Array]]:
+    """Forward and the two gradients of a backend's kernels; w is the weight and the mask."""
+    turned: Any = "inputs" if sparse == "outputs" else "outputs"
+    return {
+        "y": lambda module, x, w, dy, **kw: module.matmul(x, *w, sparse, tile, False, **kw),
+        "dx": lambda module, x, w, dy, **kw: module.matmul(dy, *w, turned, tile, True, **kw),
+        "dw": lambda module, x, w, dy, **kw: module.weight_gradient(x, dy, w[1], sparse, tile, **kw),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -427,11 +534,13 @@ def print_tables(run: Run, device: str) -> None:
         print(f"nm_ffn {row['shape']:>11} B={row['tokens']:<2} {row['us']:7.1f} us, limit {row['limit_us']:6.1f} "
               f"({row['of_limit']:.0%}); dense {row['dense_us']:6.1f} ({row['dense']}): x{row['speedup']:.2f}   "
               f"gate, up {row['gate_up']}, down {row['down']}")  # fmt: skip
-    for row in kinds.get("blocks", []):
-        parts = ", ".join(f"{name} {row[f'{name}_ms']:.3f}" for name in ("y", "dx", "dw"))
-        print(f"blocks of {row['block']:<3} {row['backend']:10} {row['sparsity']:4.0%} {row['ms']:7.3f} ms ({parts}), "
-              f"{row['tflops']:4.0f} TFLOP/s; masked dense {row['masked_dense_ms']:.3f}, dense {row['dense_ms']:.3f}: "
-              f"x{row['speedup']:.2f}; default tuning {row['default_ms']:.3f}")  # fmt: skip
+    for kind in ("blocks", "tiles"):
+        for row in kinds.get(kind, []):
+            parts = ", ".join(f"{name} {row[f'{name}_ms']:.3f}" for name in ("y", "dx", "dw"))
+            print(f"{kind} of {row['block']:<3} {row.get('sparse', ''):7} {row['backend']:10} {row['sparsity']:4.0%} "
+                  f"{row['ms']:7.3f} ms ({parts}), {row['tflops']:4.0f} TFLOP/s; masked dense "
+                  f"{row['masked_dense_ms']:.3f}, dense {row['dense_ms']:.3f}: x{row['speedup']:.2f}; "
+                  f"default tuning {row['default_ms']:.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

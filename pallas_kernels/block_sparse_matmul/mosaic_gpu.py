@@ -1,21 +1,14 @@
-"""The block-sparse product and its gradients on Hopper: tensor cores fed by the copy engine.
+"""The block-sparse product and its gradients on Hopper: all are sums of small dense products (`wgmma.py`).
 
-Forward, dX and dW are sums of small dense products, and one persistent kernel makes them all. A thread block has three
-warpgroups. The producer walks lists of blocks and has the copy engine fetch what each step multiplies into a ring in
-shared memory. Two consumers multiply and keep their sums in registers: they share a step's b, and each has its own a.
-
-               a consumer's sum                     its a of a step              the common b of a step
-    forward    128 tokens, a column of blocks       x, the block's inputs        the block
-    dX         128 tokens, a row of blocks          dy, the block's outputs      the block transposed
-    dW         a block; the two are of one column   x transposed, its inputs     dy, the column's outputs
-
-While the consumers store a result, the producer already fetches what the next one needs.
+           a consumer's sum                     its a of a step              the common b of a step
+forward    128 tokens, a column of blocks       x, the block's inputs        the block
+dX         128 tokens, a row of blocks          dy, the block's outputs      the block transposed
+dW         a block; the two are of one column   x transposed, its inputs     dy, the column's outputs
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_matmul.packing import BlockSparse
-from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, SHARED_BYTES, interpreter, result_of, too_old
-
-CONSUMERS = 2
-DEPTH = 64  # of a step: 128 bytes, a row of the layout that tensor cores read without bank conflicts
-LAYOUT = plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128)
+from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, too_old
+from pallas_kernels.wgmma import CONSUMERS, DEPTH, Side, Unit, launch
 
 
 @dataclass(frozen=True)
@@ -64,14 +54,6 @@ def transposed_matmul(
     return _walk(dy, weight, True, interpret, tuning)
 
 
-class Unit(NamedTuple):
-    """What a thread block does between two stores, as a kernel finds it in global memory."""
-
-    steps: jax.Array  # int32
-    sources: Callable[[jax.Array], tuple[list[Any], Any]]  # of a step: every consumer's a, and the common b
-    target: Callable[[jax.Array], tuple[Any, Any]]  # of a consumer: whether it has a result, and where that belongs
-
-
 def _walk(x: jax.Array, weight: BlockSparse, transposed: bool, interpret: Any, tuning: Tuning | None) -> jax.Array:
     """x times the matrix or its transpose: a unit is a tile of tokens and a column or a row of blocks."""
     tuning = tuning or Tuning()
@@ -89,28 +71,27 @@ def _walk(x: jax.Array, weight: BlockSparse, transposed: bool, interpret: Any, t
         def tokens(consumer: Any) -> Any:
             return pl.ds((tile * CONSUMERS + consumer) * tuning.tokens, tuning.tokens)
 
-        def sources(step: jax.Array) -> tuple[list[Any], Any]:
+        def sources(step: jax.Array) -> tuple[list[Any], list[Any]]:
             place, part = first + jax.lax.div(step, parts), pl.ds(jax.lax.rem(step, parts) * DEPTH, DEPTH)
             block = list_refs[0][place] if transposed else place
             across = pl.ds(list_refs[-1][block] * size + part.start, DEPTH)
             b = values_ref.at[block, :, part] if transposed else values_ref.at[block, part]
-            return [x_ref.at[tokens(consumer), across] for consumer in range(CONSUMERS)], b
+            return [x_ref.at[tokens(consumer), across] for consumer in range(CONSUMERS)], [b]
 
         def target(consumer: jax.Array) -> tuple[Any, Any]:
             return True, y_ref.at[tokens(consumer), pl.ds(line * size, size)]
 
         return Unit((start_ref[line + 1] - first) * parts, sources, target)
 
-    return _launch(
+    return launch(
         unit,
         tiles * lines,
         [x, weight.values, start, *lists],
         jax.ShapeDtypeStruct((total, lines * size), x.dtype),
-        a_shape=(tuning.tokens, DEPTH),
-        b_shape=(size, DEPTH) if transposed else (DEPTH, size),
-        transpose_a=False,
-        transpose_b=transposed,
-        tuning=tuning,
+        a=Side((tuning.tokens, DEPTH)),
+        b=Side((size, DEPTH) if transposed else (DEPTH, size), turned=transposed, common=True),
+        stages=tuning.stages,
+        programs=tuning.programs,
         interpret=interpret,
     )
 
@@ -119,6 +100,7 @@ def block_products(
     x: jax.Array, dy: jax.Array, weight: BlockSparse, interpret: Any = False, tuning: Tuning | None = None
 ) -> jax.Array:
     """As `reference.block_products`. A unit is up to two blocks of a column."""
+    tuning = tuning or Tuning()
     size, steps = weight.block_size, pl.cdiv(x.shape[0], DEPTH)
     first, count = _pairs(weight)
 
@@ -127,26 +109,25 @@ def block_products(
         first, count = first_ref[number], count_ref[number]
         used = first < start_ref[start_ref.shape[0] - 1]  # spare places are zero, a sum of no steps
 
-        def sources(step: jax.Array) -> tuple[list[Any], Any]:
+        def sources(step: jax.Array) -> tuple[list[Any], list[Any]]:
             tokens = pl.ds(step * DEPTH, DEPTH)
             a = [x_ref.at[tokens, pl.ds(row_ref[block] * size, size)] for block in (first, first + count - 1)]
-            return a, dy_ref.at[tokens, pl.ds(column_ref[first] * size, size)]
+            return a, [dy_ref.at[tokens, pl.ds(column_ref[first] * size, size)]]
 
         def target(consumer: jax.Array) -> tuple[Any, Any]:
             return consumer < count, out_ref.at[first + consumer]
 
         return Unit(jnp.where(used, jnp.int32(steps), 0), sources, target)
 
-    return _launch(
+    return launch(
         unit,
         first.shape[0],
         [x, dy, weight.row, weight.column, weight.column_start, first, count],
         jax.ShapeDtypeStruct(weight.values.shape, weight.values.dtype),
-        a_shape=(DEPTH, size),
-        b_shape=(DEPTH, size),
-        transpose_a=True,
-        transpose_b=False,
-        tuning=tuning or Tuning(),
+        a=Side((DEPTH, size), turned=True),
+        b=Side((DEPTH, size), common=True),
+        stages=tuning.stages,
+        programs=tuning.programs,
         interpret=interpret,
     )
 
@@ -164,119 +145,3 @@ def _pairs(weight: BlockSparse) -> tuple[jax.Array, jax.Array]:
     column = jnp.searchsorted(begin[1:-1], pair, side="right")
     first = start[column] + 2 * (pair - begin[column])
     return first, jnp.clip(start[column + 1] - first, 0, 2)
-
-
-def _launch(
-    unit: Callable[[Sequence[Any], Any, jax.Array], Unit],
-    units: int,
-    operands: Sequence[jax.Array],
-    out: jax.ShapeDtypeStruct,
-    *,
-    a_shape: tuple[int, int],
-    b_shape: tuple[int, int],
-    transpose_a: bool,
-    transpose_b: bool,
-    tuning: Tuning,
-    interpret: Any,
-) -> jax.Array:
-    """Runs unit(operand refs, out ref, number) for every number below `units`.
-
-    Args:
-        a_shape, b_shape: what a step fetches; turned round where told to, they multiply to a consumer's result.
-    """
-    dtype, programs = operands[0].dtype, min(tuning.programs, units)
-    rows, columns = a_shape[transpose_a], b_shape[not transpose_b]
-    step_values, staged_values = CONSUMERS * math.prod(a_shape) + math.prod(b_shape), CONSUMERS * rows * DEPTH
-    stages = min(tuning.stages, (SHARED_BYTES // dtype.itemsize - staged_values) // step_values)
-
-    def kernel(*refs: Any) -> None:
-        *operand_refs, out_ref, a, b, staged, filled, free = refs
-        program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
-
-        def each_unit(body: Callable[[Unit, jax.Array], None]) -> None:
-            """body(unit, turn), where the unit's steps are number turn, turn + 1, ... of this thread block."""
-
-            def numbered(i: jax.Array, turn: jax.Array) -> jax.Array:
-                work = unit(operand_refs, out_ref, program + i * programs)
-                body(work, turn)
-                return turn + work.steps
-
-            jax.lax.fori_loop(0, jax.lax.div(units - program + programs - 1, programs), numbered, jnp.int32(0))
-
-        @pl.when(warpgroup == CONSUMERS)
-        def produce() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-
-            @each_unit
-            def _(work: Unit, turn: jax.Array) -> None:
-                @pl.loop(0, work.steps)
-                def _(step: jax.Array) -> None:
-                    slot = jax.lax.rem(turn + step, stages)
-                    plgpu.barrier_wait(free.at[slot])
-                    a_sources, b_source = work.sources(step)
-                    for consumer, source in enumerate(a_sources):
-                        plgpu.copy_gmem_to_smem(source, a.at[slot, consumer], filled.at[slot])
-                    plgpu.copy_gmem_to_smem(b_source, b.at[slot], filled.at[slot])
-
-            for slot in range(stages):
-                plgpu.barrier_wait(free.at[slot])
-
-        @pl.when(warpgroup < CONSUMERS)
-        def consume() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            for slot in range(stages):
-                plgpu.barrier_arrive(free.at[slot])
-
-            @each_unit
-            def _(work: Unit, turn: jax.Array) -> None:
-                def sum_up(sums: Any) -> jax.Array:
-                    @pl.loop(0, work.steps)
-                    def _(step: jax.Array) -> None:
-                        slot = jax.lax.rem(turn + step, stages)
-                        plgpu.barrier_wait(filled.at[slot])
-                        own, common = a.at[slot, warpgroup], b.at[slot]
-                        plgpu.wgmma(sums, own.T if transpose_a else own, common.T if transpose_b else common)
-                        plgpu.wgmma_wait(1)  # the step before is done with its slot
-
-                        @pl.when(step > 0)
-                        def _() -> None:
-                            plgpu.barrier_arrive(free.at[jax.lax.rem(turn + step - 1, stages)])
-
-                    return sums[...]
-
-                sums = pl.run_scoped(sum_up, plgpu.ACC((rows, columns), jnp.float32))
-
-                @pl.when(work.steps > 0)
-                def _() -> None:
-                    plgpu.barrier_arrive(free.at[jax.lax.rem(turn + work.steps - 1, stages)])
-
-                there, target = work.target(warpgroup)
-
-                @pl.when(there)
-                def _() -> None:
-                    for panel in range(0, columns, DEPTH):
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the panel before has left
-                        staged[warpgroup] = sums[:, panel : panel + DEPTH].astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(staged.at[warpgroup], target.at[:, pl.ds(panel, DEPTH)])
-
-            plgpu.wait_smem_to_gmem(0)
-
-    run = plgpu.kernel(
-        kernel,
-        out_type=out,
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((stages, CONSUMERS, *a_shape), dtype, transforms=LAYOUT),
-            plgpu.SMEM((stages, *b_shape), dtype, transforms=LAYOUT),
-            plgpu.SMEM((CONSUMERS, rows, DEPTH), dtype, transforms=LAYOUT),
-            plgpu.Barrier(num_arrivals=CONSUMERS + 1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-        ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpreter(interpret),
-    )
-    return result_of(run, *operands)
