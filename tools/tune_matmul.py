@@ -369,10 +369,10 @@ BACKENDS = {
 
 def time_parts(
     run: Run, name: str, backend: Backend, parts: Any, tunings: dict[str, Any], x: jax.Array, w: Any, dy: jax.Array
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Seconds of each part at its tuning, or None."""
 
-    def timed(part: str) -> float | None:
+    def timed(part: str) -> Any:
         call = functools.partial(parts[part], backend.module, interpret=run.args.interpret, tuning=tunings[part])
         return run.try_(f"{part}, {name}, {tunings[part]}", lambda: rounds(run, call, x, w, dy))
 
@@ -455,7 +455,7 @@ TILE_BACKENDS = {
 
 
 def tiles(run: Run, inputs: int, outputs: int) -> None:
-    """Blocks of outputs, tuned at half of them, then blocks of inputs; the mask is as long as the outputs or inputs."""
+    """Blocks of outputs, tuned at half of them, then blocks of inputs, whose y and dx are their dx and y turned round."""
     x, w, dy = (
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
         for i, shape in enumerate([(run.args.tokens, inputs), (inputs, outputs), (run.args.tokens, outputs)])
@@ -463,48 +463,45 @@ def tiles(run: Run, inputs: int, outputs: int) -> None:
     w = w * jnp.bfloat16(inputs**-0.5)
     dense = run.try_("dense", lambda: rounds(run, gradients(lambda x, w: x @ w), x, w, dy))
     flops = 6 * run.args.tokens * inputs * outputs
+    by_half = sorted(run.args.sparsities, key=lambda s: abs(s - 0.5))
     for size in run.args.block:
-        tunings: dict[str, dict[str, Any]] = {}
-        for sparse in ("outputs", "inputs"):
+        tunings = {name: dict.fromkeys(("y", "dx", "dw"), TILE_BACKENDS[name].tilings[0]) for name in run.args.backends}
+        for sparse, sparsity in [(sparse, sparsity) for sparse in ("outputs", "inputs") for sparsity in by_half]:
             blocks = (outputs if sparse == "outputs" else inputs) // size
-            parts = tile_parts(sparse, size)
-            for sparsity in sorted(run.args.sparsities, key=lambda s: abs(s - 0.5)):
-                shape = -(-run.args.tokens // size), blocks
-                kept = np.random.default_rng(0).random(shape) >= sparsity
-                weight = w, jnp.asarray(kept)
+            kept = np.random.default_rng(0).random((-(-run.args.tokens // size), blocks)) >= sparsity
+            weight, parts = (w, jnp.asarray(kept)), tile_parts(sparse, size)
 
-                def three(implementation: Any) -> Callable[..., Any]:
-                    def f(x: jax.Array, weight: Any, dy: jax.Array) -> Any:
-                        how = {"implementation": implementation, "interpret": run.args.interpret}
-                        op = lambda x, w: tile_sparse_matmul(x, w, weight[1], sparse=sparse, tile_size=size, **how)
-                        return gradients(op)(x, weight[0], dy)
+            def three(implementation: Any) -> Callable[..., Any]:
+                how: Any = {"implementation": implementation, "interpret": run.args.interpret}
 
-                    return f
+                def f(x: jax.Array, weight: Any, dy: jax.Array) -> Any:
+                    w, mask = weight
+                    op = lambda x, w: tile_sparse_matmul(x, w, mask, sparse=sparse, tile_size=size, **how)
+                    return gradients(op)(x, w, dy)
 
-                masked = run.try_("masked dense", lambda: rounds(run, three("xla"), x, weight, dy))
-                for name in run.args.backends:
-                    backend, what = TILE_BACKENDS[name], f"tiles of {size}, {sparse}, {name}"
-                    if sparsity == 0.5:
-                        run.try_(
-                            f"check {what}",
-                            lambda: compare(run, what, run.args.tokens,
-                                            *(jax.jit(three(by))(x, weight, dy) for by in (name, "xla"))),
-                        )  # fmt: skip
-                    if name not in tunings:
-                        tunings[name] = dict.fromkeys(parts, backend.tilings[0])
-                        if size in run.args.tune_blocks:
-                            labels = {"kind": "tile tuning", "backend": name, "block": size, "sparse": sparse}
-                            tunings[name] = tune(run, labels, backend, parts, x, weight, dy)
-                    taken = time_parts(run, name, backend, parts, tunings[name], x, weight, dy)
-                    default = run.try_(f"tile_sparse_matmul, {name}", lambda: rounds(run, three(name), x, weight, dy))
-                    if None in (*taken.values(), default, masked, dense):
-                        continue
-                    total = sum(taken.values())
-                    run.add(kind="tiles", backend=name, block=size, sparse=sparse, sparsity=sparsity, ms=total * 1e3,
-                            default_ms=default * 1e3, masked_dense_ms=masked * 1e3, dense_ms=dense * 1e3,
-                            speedup=masked / total, tflops=flops * float(kept.mean()) / total / 1e12,
-                            dense_tflops=flops / dense / 1e12, **{f"{part}_ms": t * 1e3 for part, t in taken.items()},
-                            tunings={part: str(t) for part, t in tunings[name].items()})  # fmt: skip
+                return f
+
+            masked = run.try_("masked dense", lambda: rounds(run, three("xla"), x, weight, dy))
+            for name in run.args.backends:
+                backend, what = TILE_BACKENDS[name], f"tiles of {size}, {sparse}, {name}"
+                if sparsity == by_half[0]:
+                    both = lambda: (jax.jit(three(by))(x, weight, dy) for by in (name, "xla"))
+                    run.try_(f"check {what}", lambda: compare(run, what, run.args.tokens, *both()))
+                    if sparse == "inputs":
+                        tunings[name] |= {"y": tunings[name]["dx"], "dx": tunings[name]["y"]}
+                    elif size in run.args.tune_blocks:
+                        labels = {"kind": "tile tuning", "backend": name, "block": size}
+                        tunings[name] = tune(run, labels, backend, parts, x, weight, dy)
+                taken = time_parts(run, name, backend, parts, tunings[name], x, weight, dy)
+                default = run.try_(f"tile_sparse_matmul, {name}", lambda: rounds(run, three(name), x, weight, dy))
+                if None in (*taken.values(), default, masked, dense):
+                    continue
+                total = sum(taken.values())
+                run.add(kind="tiles", backend=name, block=size, sparse=sparse, sparsity=sparsity, ms=total * 1e3,
+                        default_ms=default * 1e3, masked_dense_ms=masked * 1e3, dense_ms=dense * 1e3,
+                        speedup=masked / total, tflops=flops * float(kept.mean()) / total / 1e12,
+                        dense_tflops=flops / dense / 1e12, **{f"{part}_ms": t * 1e3 for part, t in taken.items()},
+                        tunings={part: str(t) for part, t in tunings[name].items()})  # fmt: skip
 
 
 def tile_parts(sparse: Any, tile: int) -> dict[str, Callable[..., jax.Array]]:
