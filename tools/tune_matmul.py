@@ -39,6 +39,7 @@ from pallas_kernels.nm_matmul import triton as nm_triton
 from pallas_kernels.tile_sparse_matmul import mosaic_gpu as tile_mosaic
 from pallas_kernels.tile_sparse_matmul import tile_sparse_matmul
 from pallas_kernels.tile_sparse_matmul import triton as tile_triton
+from pallas_kernels.tile_sparse_matmul.api import Sparse
 
 SILU = Activation("silu")
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -455,7 +456,7 @@ TILE_BACKENDS = {
 
 
 def tiles(run: Run, inputs: int, outputs: int) -> None:
-    """Blocks of outputs, tuned at half of them, then blocks of inputs, whose y and dx are their dx and y turned round."""
+    """Blocks of outputs, tuned at half of them, then blocks of inputs, whose y and dx are cut like their dx and y."""
     x, w, dy = (
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
         for i, shape in enumerate([(run.args.tokens, inputs), (inputs, outputs), (run.args.tokens, outputs)])
@@ -463,10 +464,11 @@ def tiles(run: Run, inputs: int, outputs: int) -> None:
     w = w * jnp.bfloat16(inputs**-0.5)
     dense = run.try_("dense", lambda: rounds(run, gradients(lambda x, w: x @ w), x, w, dy))
     flops = 6 * run.args.tokens * inputs * outputs
+    sides: tuple[Sparse, ...] = ("outputs", "inputs")
     by_half = sorted(run.args.sparsities, key=lambda s: abs(s - 0.5))
     for size in run.args.block:
         tunings = {name: dict.fromkeys(("y", "dx", "dw"), TILE_BACKENDS[name].tilings[0]) for name in run.args.backends}
-        for sparse, sparsity in [(sparse, sparsity) for sparse in ("outputs", "inputs") for sparsity in by_half]:
+        for sparse, sparsity in [(sparse, sparsity) for sparse in sides for sparsity in by_half]:
             blocks = (outputs if sparse == "outputs" else inputs) // size
             kept = np.random.default_rng(0).random((-(-run.args.tokens // size), blocks)) >= sparsity
             weight, parts = (w, jnp.asarray(kept)), tile_parts(sparse, size)
@@ -504,9 +506,9 @@ def tiles(run: Run, inputs: int, outputs: int) -> None:
                         tunings={part: str(t) for part, t in tunings[name].items()})  # fmt: skip
 
 
-def tile_parts(sparse: Any, tile: int) -> dict[str, Callable[..., jax.Array]]:
+def tile_parts(sparse: Sparse, tile: int) -> dict[str, Callable[..., jax.Array]]:
     """Forward and the two gradients of a backend's kernels; w is the weight and the mask."""
-    turned: Any = "inputs" if sparse == "outputs" else "outputs"
+    turned: Sparse = "inputs" if sparse == "outputs" else "outputs"
     return {
         "y": lambda module, x, w, dy, **kw: module.matmul(x, *w, sparse, tile, False, **kw),
         "dx": lambda module, x, w, dy, **kw: module.matmul(dy, *w, turned, tile, True, **kw),
