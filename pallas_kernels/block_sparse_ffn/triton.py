@@ -40,7 +40,7 @@ def default_tuning(tokens: int, width: int, dtype: Any, most: bool) -> Tuning:
     if dtype == jnp.float32 or (tokens <= 2 and not most):
         return Tuning("fma", rows=4, chunk=4096, down_chunk=4096, warps=shared.warps_for(width))
     if tokens == 1:
-        return Tuning("dot", rows=32, chunk=256, down_chunk=128, warps=4, stages=3)
+        return Tuning("dot", rows=32, chunk=128, down_chunk=128, warps=4, stages=3)
     return Tuning("dot", rows=32, chunk=128, down_chunk=128, warps=4, stages=4)
 
 
