@@ -56,7 +56,9 @@ def tile_sparse_matmul(
     if not x.size or not weight.size:
         return jnp.zeros((x.shape[0], weight.shape[1]), x.dtype)
     x, weight, mask = backend.vary_together((x, weight, mask))
-    module = backend.choose(__package__, implementation, x, weight, mask, sparse, tile_size)
+    module = backend.choose(
+        __package__, implementation, x, weight, mask, sparse, tile_size, on_hopper=("mosaic_gpu", "triton")
+    )
     return _matmul(module, sparse, tile_size, interpret, x, weight, mask)
 
 
