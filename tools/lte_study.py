@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[72, 72], help="of stage 1 and stage 2")
     parser.add_argument("--predictor-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, where memory is short")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--eval-tokens", type=int, default=131_072)
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -204,7 +205,7 @@ class Study:
                 run="-", model=ModelSource(path="-"), data=self.data, steps=steps, method=method, dtype=self.args.dtype,
                 optimizer=OptimizerConfig(lr=variant.lr, schedule=CosineLr(round(0.06 * steps), 0.1)),
                 distill=Distill("-", variant.distill) if variant.distill else None, loss_chunk=8192,
-                unroll=self.args.unroll or self.config.num_hidden_layers,
+                accumulate=self.args.accumulate, unroll=self.args.unroll or self.config.num_hidden_layers,
             )
             for method, steps in zip(methods, variant.steps, strict=False)
         ]  # fmt: skip
