@@ -9,6 +9,8 @@
 Everything works on parameters that you hold: a plain nested dict of arrays, and a frozen config beside it.
 """
 
+from typing import Any
+
 from jsparse import methods
 from jsparse.config import ConfigError, LlamaConfig, TrainConfig
 from jsparse.hf import load, save
@@ -32,3 +34,12 @@ __all__ = [
     "perplexity",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, from the metadata of the installed package, read when it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jsparse")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -536,7 +536,7 @@ class Search:
     masks: Literal["constructive", "rejection"] = "constructive"  # how index sets change; rejection: the paper's
     ratios: Literal["near", "grid"] = "near"  # how widths change: by a step or two, or to anywhere on their grid
     samples: int = 128  # calibration windows, drawn from the text; fewer where it has no more
-    windows: int = 16  # windows to search with, and as many held out for the last choice
+    windows: int = 16  # windows to search with, and as many held out, for the last choice and the report
     seq_len: int = 2048  # tokens of a window
     seed: int = 0  # of the windows drawn and of the search
     batch_size: int = 8  # calibration windows a forward pass
@@ -586,7 +586,8 @@ class Search:
                         overwrite=self.overwrite)  # fmt: skip
         print(f"{self.out}: {report.parameters:,} parameters, {report.keep:.2%} of all, {report.keep_decoder:.2%} of "
               "the decoder's")  # fmt: skip
-        print(f"perplexity on the windows held out: dense {report.perplexity_dense:.3f}, subnet "
+        chose = ", which chose among the last survivors" if self.method == "search" else ""
+        print(f"perplexity on the windows held out of the search{chose}: dense {report.perplexity_dense:.3f}, subnet "
               f"{report.perplexity_before:.3f}, repaired {report.perplexity:.3f}")  # fmt: skip
         print(Path(self.out) / "subnet.json", file=sys.stderr)
 
@@ -947,18 +948,31 @@ def _parse(arguments: Sequence[str]) -> Any:
     arguments = list(arguments) or ["--help"]
     if arguments[0] == "train" and "--help" in arguments:
         print(_recipe_help())
+    if arguments == ["--version"]:
+        print(_versions())
+        raise SystemExit(0)
     try:
         with contextlib.redirect_stderr(page):
             return tyro.cli(
                 tyro.conf.OmitArgPrefixes[Union[kinds]],  # type: ignore[misc, valid-type]  # noqa: UP007
                 prog="jsparse",
-                description="Sparse LLaMA models in JAX.",
+                description="Sparse LLaMA models in JAX. --version shows the versions of jsparse, jax and Python.",
                 args=arguments,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ConfigError(_unframed(page.getvalue())) from None
+
+
+def _versions() -> str:
+    import platform
+
+    import jax
+
+    import jsparse
+
+    return f"jsparse {jsparse.__version__}, jax {jax.__version__}, Python {platform.python_version()}"
 
 
 def _unframed(page: str) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import jsparse
 from jsparse import config, hf, model
 from jsparse.cli import COMMANDS, Bench, BenchDecode, BenchFfn, BenchTrain, _continuation, run
 from jsparse.config import Cats, FatRelu, Relu, Router, Silu
@@ -301,6 +303,7 @@ def test_search(home, capsys, monkeypatch):
     assert run(["search", "model", "sub", *shared, "--zero-filled", "filled"]) == 0
     told = capsys.readouterr().out
     assert "generation 2/2: 12 candidates, best" in told and "0 s left" in told and "repaired" in told
+    assert "perplexity on the windows held out of the search, which chose among the last survivors: dense" in told
     config, params = hf.load(home / "sub")
     values = json.loads((home / "sub" / "subnet.json").read_text())
     assert values["parameters"] == model.count(params) and 0.75 <= values["keep"] <= 0.8
@@ -318,6 +321,7 @@ def test_search(home, capsys, monkeypatch):
     code, error = answer(capsys, "search", "model", "sub", *shared, "--overwrite", "--epochs", "1")
     assert (code, error.count("\n")) == (2, 1) and "epochs: expected at least the 2 that sub.search has done" in error
     assert run(["search", "model", "uniform", *space, "--method", "uniform", "--repair", "bias"]) == 0
+    assert "perplexity on the windows held out of the search: dense" in capsys.readouterr().out
     assert not (home / "uniform.search").exists() and hf.read_config(home / "uniform").mlp_bias
 
 
@@ -395,6 +399,15 @@ def test_help_tells_what_every_option_means(words, command, capsys):
     assert re.findall(rf"--[\w-]+(?:, --no-[\w-]+)?{kind} +\((?:default|required)", shown) == []  # and no word of it
     if words == "train":
         assert "optimizer.weight_decay (float) = 0.1" in shown and "# largest global norm" in shown
+
+
+def test_version_is_that_of_the_package(capsys):
+    written = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["version"]
+    assert jsparse.__version__ == written
+    with pytest.raises(SystemExit) as stop:
+        run(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"jsparse {written}, jax {jax.__version__}, Python 3.")
 
 
 @pytest.mark.parametrize(

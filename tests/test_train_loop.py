@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -34,7 +35,7 @@ from jsparse.config import (
 from jsparse.train import checkpoint, loop
 from jsparse.train.host import Clock
 from jsparse.train.loop import TrainingError, check_same_recipe, train
-from jsparse.train.metrics import Speed, flops_per_token, read_metrics
+from jsparse.train.metrics import MetricsLog, Speed, flops_per_token, read_metrics
 from tests.helpers import random_params, save_byte_tokenizer
 from tests.train_helpers import MODEL, recipe
 
@@ -115,6 +116,15 @@ def test_run_folder(done):
     assert all(
         read.keys() >= TIMES - {"mfu", "memory_peak"} for read in read_metrics(run / "metrics.jsonl") if "loss" in read
     )
+
+
+def test_tensorboard_goes_without_torch(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    with MetricsLog(epath.Path(tmp_path), 0, tensorboard=True) as log:
+        log.write(1, {"loss": 2.0})
+    assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_complete_run_is_left_alone(done, monkeypatch):

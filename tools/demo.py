@@ -3,6 +3,9 @@
 Imports SmolLM2-135M, measures it, replaces SiLU by ReLU, trains a little with ProSparse's penalty, shifts thresholds,
 generates, exports, reloads and checks. A few dozen steps on a CPU repair only a part of what the substitution breaks:
 docs/results.md shows the same recipe with 52 million tokens on a GPU.
+
+After an interruption the same command goes on: what was fetched, imported and trained is kept, and only measured again.
+A demo that came to its end trains anew.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from jsparse.train.checkpoint import load_run
 from jsparse.train.loop import train
 
 HOME = Path(".demo")
+FINISHED = HOME / "report"  # written last
 TOKENS = 4097  # of the held-out text
 PROMPT = "The capital of France is"
 RISE = 0.02  # of the perplexity, that threshold shifting may cost
@@ -56,6 +60,9 @@ RECIPE = {
 
 def main() -> None:
     console, began = Console(), time.perf_counter()
+    if FINISHED.exists():  # the earlier demo's last step: this one trains again
+        shutil.rmtree(HOME / "run", ignore_errors=True)
+        shutil.rmtree(FINISHED)
 
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - began:5.0f} s[/]  {text}", highlight=False)
@@ -84,7 +91,6 @@ def main() -> None:
     recipe = from_dict(Recipe, RECIPE)
     tokens = recipe.steps * recipe.data.batch_size * recipe.data.seq_len
     say(f"training {recipe.steps} steps of ProSparse, {tokens:,} tokens")
-    shutil.rmtree(recipe.run, ignore_errors=True)  # a second demo trains again
     train(recipe)
     config, params, _ = load_run(HOME / "run")
     measure("ProSparse, trained", params, config)
@@ -110,7 +116,7 @@ def main() -> None:
         # A threshold cuts values off: where a gate lies within rounding of it, two programs may decide differently.
         say(f"PyTorch runs it: KL {theirs.mean_kl:.1e} nats a token, same top token at {theirs.top1_agreement:.1%}")
 
-    page = report.report([HOME / "run"], HOME / "report", overwrite=True)
+    page = report.report([HOME / "run"], FINISHED)
     console.print(report.summary_table(rows))
     console.print(f"The pictures: {page}")
 
@@ -124,4 +130,7 @@ def continue_text(params: Params, config: LlamaConfig) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

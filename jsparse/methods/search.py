@@ -138,7 +138,7 @@ class Report:
     dense_parameters: int
     keep: float  # share of all parameters
     keep_decoder: float  # share of the parameters without embedding, final norm and head
-    perplexity_dense: float  # on the held-out windows
+    perplexity_dense: float  # on the held-out windows; with method search they chose among the last survivors
     perplexity_before: float  # of the subnet with the weights it inherits
     perplexity: float  # of the subnet as it is returned
     candidates: int  # scored in the search

@@ -8,6 +8,7 @@ and, where they are known, "mfu" and "memory_peak" (bytes, of this process's ful
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,10 +144,18 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _tensorboard(folder: epath.Path, start: int) -> Any:
+    # tensorboardX imports torch where it finds it, for tensors and graphs that no run writes: a second and 180 MB of
+    # memory, with torch for CPUs. None among the modules makes the import fail as if torch were not installed.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     return SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
 
 
