@@ -197,7 +197,8 @@ def test_auto_takes_the_faster_path(monkeypatch):
     assert costs.choose(packed, ROUTED, 1, low) == "dense"  # nothing is known of a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     lines = {"dense": {1: costs.Line(0.0, 1e3), 4: costs.Line(0.0, 1e3)}, "blocks": {2: costs.Line(5.0, 1e3)}}
-    monkeypatch.setattr(costs, "LINES", lines)
+    large = {"dense": {1: costs.Line(0.0, 1e9)}, "blocks": {1: costs.Line(1e9, 1e3)}}
+    monkeypatch.setattr(costs, "LINES", {weights * 1000: large, weights * 10: lines})  # the nearer size counts
     assert costs.choose(packed, ROUTED, 1, low) == "sparse"
     assert costs.choose(packed, ROUTED, 1, high) == "dense"
     assert costs.choose(packed, ROUTED, 3, low) == "dense"  # more rows than were measured

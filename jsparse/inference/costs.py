@@ -5,6 +5,7 @@ over a rate. `LINES` holds both, fitted by `jsparse bench ffn` to its own measur
 bytes a step will read is known from the prompt: `jsparse.inference.decoder.used_share`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,13 +27,26 @@ class Line:
         return self.start + size / self.rate
 
 
-# By what is computed, then by the rows of the batch (a batch takes the next larger entry). H100 80GB HBM3.
-LINES: dict[Kind | Literal["dense"], dict[int, Line]] = {
-    "dense": {1: Line(7.1, 3.06e6), 8: Line(14.2, 3.06e6)},
-    "blocks": {1: Line(7.9, 2.75e6), 8: Line(38.3, 3.48e6)},
-    "neurons": {1: Line(10.8, 3.03e6), 8: Line(95.4, 0.42e6)},
-    "predicted": {1: Line(17.4, 2.77e6), 8: Line(66.8, 0.46e6)},
-}
+Lines = dict[Kind | Literal["dense"], dict[int, Line]]  # by what is computed, then by the rows of the batch
+
+# By the bytes of an FFN that was measured, of which the nearest counts: small layers neither fill a GPU nor start as
+# large ones do. A batch takes the next larger entry. bfloat16 on an H100 80GB HBM3; docs/results/ffn_*.json.
+LINES: dict[int, Lines] = {
+    270_532_608: {  # LLaMA2-7B
+        "dense": {1: Line(8.9, 3.07e6), 2: Line(7.7, 3.07e6), 4: Line(10.7, 3.07e6), 8: Line(14.2, 3.06e6),
+                  16: Line(18.8, 3.07e6)},
+        "blocks": {1: Line(7.8, 2.77e6), 2: Line(13.6, 2.59e6), 4: Line(28.4, 3.41e6), 8: Line(38.3, 3.48e6),
+                   16: Line(42.7, 3.11e6)},
+        "neurons": {1: Line(11.3, 3.08e6), 2: Line(11.6, 2.38e6), 4: Line(25.8, 1.89e6), 8: Line(95.4, 0.42e6)},
+        "predicted": {1: Line(16.6, 2.80e6), 2: Line(19.2, 2.06e6), 4: Line(29.1, 1.51e6), 8: Line(66.8, 0.46e6)},
+    },
+    5_308_416: {  # SmolLM2-135M
+        "dense": {1: Line(9.7, 3.07e6), 8: Line(8.5, 3.06e6)},
+        "blocks": {1: Line(5.0, 1.34e6), 8: Line(15.5, 2.30e6)},
+        "neurons": {1: Line(4.5, 0.98e6), 8: Line(15.0, 0.26e6)},
+        "predicted": {1: Line(7.8, 0.23e6)},
+    },
+}  # fmt: skip
 
 
 def choose(decoder: Decoder, config: LlamaConfig, batch: int, shares: np.ndarray | None) -> Implementation:
@@ -47,10 +61,11 @@ def choose(decoder: Decoder, config: LlamaConfig, batch: int, shares: np.ndarray
         return "dense"
     dense_us = sparse_us = 0.0
     for layer, kind, share in zip(decoder.layers, kinds, shares, strict=True):
-        dense, sparse = _line("dense", batch), _line(kind or "dense", batch)
+        ffn = layer.ffn
+        lines = LINES[min(LINES, key=lambda size: abs(math.log(size / _nbytes(ffn.weights))))]
+        dense, sparse = _line(lines, "dense", batch), _line(lines, kind or "dense", batch)
         if dense is None or sparse is None:
             return "dense"
-        ffn = layer.ffn
         whole = _nbytes(ffn.weights) + _nbytes(ffn.router)  # routers mask the dense implementation too
         dense_us += dense.us(whole)
         sparse_us += sparse.us(bytes_read(ffn, kind, float(share)) if kind else whole)
@@ -71,9 +86,9 @@ def bytes_read(ffn: Ffn, kind: Kind, share: float) -> float:
             return share * matrices + _nbytes(ffn.predictor)
 
 
-def _line(name: Kind | Literal["dense"], batch: int) -> Line | None:
-    fitting = [rows for rows in LINES[name] if rows >= batch]
-    return LINES[name][min(fitting)] if fitting else None
+def _line(lines: Lines, name: Kind | Literal["dense"], batch: int) -> Line | None:
+    fitting = [rows for rows in lines[name] if rows >= batch]
+    return lines[name][min(fitting)] if fitting else None
 
 
 def _nbytes(tree: object) -> int:
