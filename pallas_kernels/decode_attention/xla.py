@@ -19,6 +19,7 @@ def decode_attention(
     sin: jax.Array,
     start: jax.Array,
     length: jax.Array,
+    warm: jax.Array | None,
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
