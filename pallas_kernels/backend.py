@@ -50,7 +50,7 @@ def choose(
             raise ValueError(f"implementation {implementation!r}: {reason}")
         return module
     preferred = _PREFERRED.get(jax.default_backend(), ())
-    if on_hopper and is_hopper():
+    if on_hopper and getattr(jax.devices()[0], "compute_capability", None) == "9.0":
         preferred = on_hopper
     for name in preferred:
         try:
@@ -60,11 +60,6 @@ def choose(
         if module.unsupported(*call) is None:
             return module
     return importlib.import_module(f"{package}.xla")
-
-
-def is_hopper() -> bool:
-    """Whether the default device is an H100 or its kin."""
-    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def check_tokens(x: jax.Array, axes: str) -> None:

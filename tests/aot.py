@@ -27,14 +27,6 @@ _TPUS = {  # topology: the name that a device of it answers with
 H100 = "h100"
 TARGETS = (H100, *_TPUS)
 
-
-def mesh_of(device: AbstractDevice) -> AbstractMesh:
-    """One such device, which Pallas asks for while lowering."""
-    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-
-
-H100_MESH = mesh_of(AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
-
 _CUDA = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"  # ptxas and libdevice
 # Read when libtpu is loaded: it is to look for no machine, and several test processes may load it.
 for name, value in {
@@ -52,14 +44,15 @@ def _target(name: str) -> tuple[SingleDeviceSharding, AbstractMesh, tuple[str, .
     if name == H100:
         described = (Path(__file__).parent / "data" / "h100.txtpb").read_text()
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=described)
-        mesh = H100_MESH
+        device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
         platforms: tuple[str, ...] = ("cuda",)
         options = {"xla_gpu_cuda_data_dir": str(_CUDA), "xla_gpu_autotune_level": 0}
     else:
         topology = topologies.get_topology_desc(name, platform="tpu")
-        mesh = mesh_of(AbstractDevice(_TPUS[name], 1, "tpu"))
+        device = AbstractDevice(_TPUS[name], 1, "tpu")
         platforms = ("tpu",)
         options = {}
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     return SingleDeviceSharding(topology.devices[0]), mesh, platforms, options
 
 
@@ -74,7 +67,7 @@ def compile_for(target: str, f: Callable[..., Any], *args: Any, **static: Any) -
         pytest.skip(f"{package} is not installed")
     sharding, mesh, platforms, options = _target(target)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh):  # Pallas asks for the device while lowering
         jitted: Any = f if hasattr(f, "trace") else jax.jit(f)
         lowered = jitted.trace(*shapes, **static).lower(lowering_platforms=platforms)
     return lowered.compile(compiler_options=options)

@@ -1,19 +1,14 @@
 """The kernels around a step of decoding, attention and norm: every backend against the reference."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import backend, triton_prefetch
 from pallas_kernels.add_rms_norm import add_norm_route, add_rms_norm
-from pallas_kernels.add_rms_norm import triton as norm_kernels
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_attention import triton as attention_kernels
 from pallas_kernels.matvec import matvec
-from tests.aot import H100, H100_MESH, compile_for
+from tests.aot import H100, compile_for
 from tests.kernels import BACKENDS, assert_close, random, run
 
 pytestmark = pytest.mark.every_jax
@@ -158,68 +153,3 @@ def test_norm_compiles_for_the_h100(width):
     router = jax.ShapeDtypeStruct((344, width), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     compile_for(H100, lambda x, scale, *router: add_norm_route(
         x, scale, 1e-5, jnp.bfloat16, *router, delta=x, implementation="triton"), x, scale, *router)  # fmt: skip
-
-
-@pytest.fixture
-def warming(monkeypatch):
-    """As on Hopper, with a part of the next launch's array asked for."""
-    monkeypatch.setattr(backend, "is_hopper", lambda: True)
-    for module in (attention_kernels, norm_kernels):
-        monkeypatch.setattr(module, "WARM_BYTES", 2 << 20)
-
-
-def test_shares_of_what_is_warmed(warming, monkeypatch):
-    array = jax.ShapeDtypeStruct((100, 1024), jnp.bfloat16)
-    assert triton_prefetch.share(array, 50_000, 3) == 16_640  # whole lines of 128 bytes
-    assert triton_prefetch.share(array, 1 << 30, 3) == 68_224  # not beyond the array
-    assert triton_prefetch.share(array, 1 << 30, 3, beside=(50 << 20) - 50_000) == 16_640  # and what the cache holds
-    assert triton_prefetch.share(array, 1 << 30, 3, beside=1 << 30) == 0
-    assert triton_prefetch.share(array, 300, 3) == triton_prefetch.share(None, 50_000, 3) == 0
-    monkeypatch.setattr(backend, "is_hopper", lambda: False)
-    assert triton_prefetch.share(array, 50_000, 3) == 0
-
-
-@pytest.mark.parametrize("name", ["reference", "xla", "triton"])
-def test_warming_changes_no_result(name, warming):
-    settings = {"implementation": name, "interpret": True}
-    case, (x, scale), next_one = attention_case(*ATTENTION[0]), (random(0, 2, 96), random(1, 96)), random(2, 1024, 1024)
-    for op, arguments in ((decode_attention, case), (add_rms_norm, (x, scale, 1e-5, jnp.bfloat16))):
-        warmed = op(*arguments, warm=next_one, **settings)
-        jax.tree.map(np.testing.assert_array_equal, warmed, op(*arguments, **settings))
-
-
-def attend_and_multiply(warm):
-    """Norm, attention and the product after each, of LLaMA2-7B's shape; and its arguments, as shapes."""
-
-    def run(x, scale, qkv_weight, output, _, *cache):
-        y, normed = add_rms_norm(x, scale, 1e-5, jnp.bfloat16, delta=x, warm=qkv_weight if warm else None,
-                                 implementation="triton")  # fmt: skip
-        qkv = matvec(normed, qkv_weight, dtype=jnp.bfloat16, implementation="triton")
-        z, *_ = decode_attention(qkv, *cache, warm=output if warm else None, implementation="triton")
-        return y, matvec(z, output, implementation="triton")
-
-    shape = jax.ShapeDtypeStruct
-    weights = shape((12288, 4096), jnp.bfloat16), shape((4096, 4096), jnp.bfloat16)
-    case = jax.eval_shape(lambda: attention_case(1, 640, 32, 32, 128, 600, dtype=jnp.bfloat16))
-    return run, (shape((1, 4096), jnp.float32), shape((4096,), jnp.float32), *weights, *case)
-
-
-def test_what_is_asked_for(warming):
-    """By norm: 131 programs of 8 warps. By attention: 32 heads' programs, 5 for each, of 8 warps."""
-    run, arguments = attend_and_multiply(warm=True)
-    with jax.sharding.use_abstract_mesh(H100_MESH):
-        lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    asked = re.findall(r"at, place, (\d+),.*?cp\.async\.bulk\.prefetch\.L2\.global \[at\], (\d+);", lowered)
-    assert [int(bytes_) for _, bytes_ in asked] == [1920, 1536]  # 2 MiB over the warps
-    assert [int(step) for step, _ in asked] == [96_000, 26_112]  # and the whole matrices
-    assert 131 * 8 * 96_000 <= 12288 * 4096 * 2 and 32 * 5 * 8 * 26_112 <= 4096 * 4096 * 2
-
-
-def test_warming_adds_no_launch_and_no_copy_on_the_h100(warming):
-    def launches(warm):
-        run, arguments = attend_and_multiply(warm)
-        text = compile_for(H100, run, *arguments).as_text()
-        return [text.count(what) for what in ("__gpu$xla.gpu.triton", " fusion(", " copy(")]
-
-    assert launches(True) == launches(False)
-    assert launches(True)[0] == 4

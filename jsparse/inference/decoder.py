@@ -267,7 +267,7 @@ def _layer_of_step(
     """The residual stream after a layer, what is still to be added to it, and the layer's cache."""
     dtype = layer.attention.qkv.dtype
     with jax.named_scope("attention"):
-        x, normed = _add_norm(x, layer.attention_norm, delta, dtype, config, rest, warm=layer.attention.qkv)
+        x, normed = _add_norm(x, layer.attention_norm, delta, dtype, config, rest)
         delta, layer_cache = _attend_once(layer.attention, normed, config, shape, place, layer_cache, start, length,
                                           rest)  # fmt: skip
     with jax.named_scope("ffn"):
@@ -300,8 +300,7 @@ def ffn_of_step(
                                          delta=delta, implementation=route, interpret=_interpreted())  # fmt: skip
         chosen: Implementation = (rest or "sparse") if whole else implementation
         return sparse_ffn(ffn, normed, x, config, chosen, mask, most=whole), None
-    first = ffn.predictor.down if kind == "predicted" and not whole else ffn.weights.gate  # what is read after the norm
-    x, normed = _add_norm(x, norm, delta, dtype, config, rest, warm=first if isinstance(first, jax.Array) else None)
+    x, normed = _add_norm(x, norm, delta, dtype, config, rest)
     if kind is not None and not whole:
         return sparse_ffn(ffn, normed, x, config, implementation), None
     if streams and _plain(ffn, config):
@@ -310,15 +309,9 @@ def ffn_of_step(
 
 
 def _add_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    delta: jax.Array | None,
-    dtype: Any,
-    config: LlamaConfig,
-    rest: Any,
-    warm: jax.Array | None = None,
+    x: jax.Array, scale: jax.Array, delta: jax.Array | None, dtype: Any, config: LlamaConfig, rest: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return add_rms_norm(x, scale, config.rms_norm_eps, dtype, delta=delta, warm=warm, implementation=rest,
+    return add_rms_norm(x, scale, config.rms_norm_eps, dtype, delta=delta, implementation=rest,
                         interpret=_interpreted())  # fmt: skip
 
 
@@ -368,7 +361,7 @@ def _attend_once(
     at_once = x.dtype if attention.qkv_bias is None else jnp.float32  # rounded only after the bias
     qkv = _add(product(x, attention.qkv, dtype=at_once), attention.qkv_bias).astype(x.dtype)
     y, *filled = decode_attention(qkv, *layer_cache, place.cos[:, 0], place.sin[:, 0], start, length,
-                                  warm=attention.output, implementation=rest, interpret=_interpreted())  # fmt: skip
+                                  implementation=rest, interpret=_interpreted())  # fmt: skip
     return _add(product(y, attention.output), attention.output_bias), LayerCache(*filled)
 
 

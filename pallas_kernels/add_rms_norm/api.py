@@ -17,7 +17,6 @@ def add_rms_norm(
     dtype: Any,
     *,
     delta: jax.Array | None = None,
-    warm: jax.Array | None = None,
     implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -28,7 +27,6 @@ def add_rms_norm(
         scale: float32 [D].
         dtype: of the normalised values.
         delta: float32 [B, D], or None to add nothing.
-        warm: an array that the next launch reads, as in `decode_attention`.
         implementation: a backend's name, which fails where it cannot run; None takes the best that can.
         interpret: runs a Pallas backend on the CPU.
     Returns:
@@ -38,7 +36,7 @@ def add_rms_norm(
     """
     _check(x, scale, delta)
     module = backend.choose(__package__, implementation, x)
-    return module.add_rms_norm(x, scale, eps, dtype, delta, warm, interpret=interpret)
+    return module.add_rms_norm(x, scale, eps, dtype, delta, interpret=interpret)
 
 
 def add_norm_route(

@@ -13,14 +13,7 @@ def unsupported(x: jax.Array) -> str | None:
 
 
 def add_rms_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    eps: float,
-    dtype: Any,
-    delta: jax.Array | None,
-    warm: jax.Array | None = None,
-    *,
-    interpret: Any = False,
+    x: jax.Array, scale: jax.Array, eps: float, dtype: Any, delta: jax.Array | None, *, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """As `api.add_rms_norm`."""
     y = x if delta is None else x + delta

@@ -1,13 +1,11 @@
-"""The residual addition with RMSNorm in one launch on an NVIDIA GPU: a program a row. Other programs ask for what the
-next launch reads, as the memory is idle meanwhile.
+"""The residual addition with RMSNorm in one launch on an NVIDIA GPU: a program a row.
 
-With a router, a program scores some of its blocks, and each normalises all rows for itself: for a few rows that takes
-no longer than its rows of the router take to arrive, and less than a launch. No load is moved across a store or a sum
-over the program's threads, so all are issued before the first of these.
+With a router, a program scores two of its blocks, and each normalises all rows for itself: for a few rows that takes no
+longer than its rows of the router take to arrive, and less than a launch. No load is moved across a store or a sum over
+the program's threads, so all are issued before the first of these.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import triton as shared
-from pallas_kernels import triton_prefetch
 from pallas_kernels.block_sparse_ffn.reference import Router
 
-WARM_BYTES = 0  # of the next launch's array that are asked for meanwhile,
-WARMERS = 131  # and the programs that ask: a processor each, beside the one that has a row
-BLOCKS = 2  # of a router that a program scores
 LARGEST = 16_384  # values of a row that a program's registers hold
 
 
@@ -30,47 +24,22 @@ def unsupported(x: jax.Array) -> str | None:
 
 
 def add_rms_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    eps: float,
-    dtype: Any,
-    delta: jax.Array | None,
-    warm: jax.Array | None = None,
-    *,
-    interpret: Any = False,
+    x: jax.Array, scale: jax.Array, eps: float, dtype: Any, delta: jax.Array | None, *, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.add_rms_norm`."""
     rows, width = x.shape
-    warps = 8 if width > 1024 else 4
-    share = 0 if interpret else triton_prefetch.share(warm, WARM_BYTES, WARMERS * warps)
-    operands = [x, scale] if delta is None else [x, scale, delta]
-    kernel: Callable[..., None] = functools.partial(_kernel, eps=eps, size=pl.next_power_of_2(width), width=width)
-    if share and warm is not None:
-        kernel = _warming(kernel, len(operands), rows, warps, share)
-        operands.append(warm)
+    operands = (x, scale) if delta is None else (x, scale, delta)
     normed = jax.ShapeDtypeStruct(x.shape, dtype)
     found = shared.call(
-        kernel,
+        functools.partial(_kernel, eps=eps, size=pl.next_power_of_2(width), width=width),
         [normed] if delta is None else [normed, jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        programs=rows + (WARMERS if share else 0),
-        warps=warps,
+        programs=rows,
+        warps=8 if width > 1024 else 4,
         aliases={} if delta is None else {0: 1},
         interpret=interpret,
         name="add_rms_norm",
     )(*operands)
     return (x if delta is None else found[1]), found[0]
-
-
-def _warming(kernel: Callable[..., None], place: int, rows: int, warps: int, share: int) -> Callable[..., None]:
-    """The kernel, whose programs beyond the rows ask for shares of operand `place`, which it does not have itself."""
-
-    def body(*refs: Any) -> None:
-        program = pl.program_id(0)
-        pl.when(program < rows)(lambda: kernel(*refs[:place], *refs[place + 1 :]))
-        first, all_warps = (program - rows) * warps, WARMERS * warps
-        pl.when(program >= rows)(lambda: triton_prefetch.prefetch(refs[place], first, all_warps, share))
-
-    return body
 
 
 def _kernel(x_ref: Any, scale_ref: Any, *refs: Any, eps: float, size: int, width: int) -> None:
@@ -105,7 +74,7 @@ def add_norm_route(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `reference.add_norm_route`."""
     (rows, width), blocks = x.shape, router.weight.shape[0]
-    some, chunks = shared.power_of_two(BLOCKS, blocks), shared.columns(width, 4096)
+    some, chunks = shared.power_of_two(2, blocks), shared.columns(width, 4096)
 
     def kernel(x_ref: Any, scale_ref: Any, weight_ref: Any, threshold_ref: Any, *refs: Any) -> None:
         *delta_refs, sum_ref, normed_ref, mask_ref = refs

@@ -18,7 +18,6 @@ def decode_attention(
     start: jax.Array,
     length: jax.Array,
     *,
-    warm: jax.Array | None = None,
     implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -36,8 +35,6 @@ def decode_attention(
         sin: of the same shape.
         start: int32 [B], the first slot of each row's text.
         length: int32 [], slots filled: the new token's slot.
-        warm: an array that the next launch reads. A hint without effect on the result: a backend may have its first
-            bytes fetched into the device's cache meanwhile, as Triton's does on Hopper.
         implementation: a backend's name, which fails where it cannot run; None takes the best that can.
         interpret: runs a Pallas backend on the CPU.
     Returns:
@@ -58,4 +55,4 @@ def decode_attention(
     if not qkv.dtype == keys.dtype == values.dtype or not jnp.issubdtype(qkv.dtype, jnp.floating):
         raise ValueError(f"qkv, keys, values: expected one float dtype, got {qkv.dtype}, {keys.dtype}, {values.dtype}")
     module = backend.choose(__package__, implementation, qkv, keys)
-    return module.decode_attention(qkv, keys, values, cos, sin, start, length, warm, interpret=interpret)
+    return module.decode_attention(qkv, keys, values, cos, sin, start, length, interpret=interpret)

@@ -43,7 +43,6 @@ def decode_attention(
     sin: jax.Array,
     start: jax.Array,
     length: jax.Array,
-    warm: jax.Array | None,
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -2,8 +2,7 @@
 
 A program has one key-value head of one row, with all queries that share it, and a part of the text, whose keys and
 values it streams once. The first part rotates and stores the new token too, which nobody else reads. Where there are
-several parts their weighted sums meet in a second, elementwise kernel. Keys and values alone leave most of the
-memory's bandwidth idle, so the programs also ask for a share each of what the next launch reads.
+several parts their weighted sums meet in a second, elementwise kernel.
 """
 
 import functools
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import triton_prefetch
 from pallas_kernels.triton import call, power_of_two
 
 PROGRAMS = 160  # that are wanted at once, a few more than an H100 has processors: more parts cost more to join
@@ -22,7 +20,6 @@ PART = 64  # slots of the shortest part that is worth a program
 BLOCK = 128  # slots that are loaded together
 GRAIN = 16  # slots of which a part has a multiple
 WARPS = 8
-WARM_BYTES = 0  # of the next launch's array that are asked for meanwhile
 NEVER = -1e30  # the largest logit of a part without slots: finite, so that no difference of two is nan
 
 
@@ -43,7 +40,6 @@ def decode_attention(
     sin: jax.Array,
     start: jax.Array,
     length: jax.Array,
-    warm: jax.Array | None,
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -51,21 +47,19 @@ def decode_attention(
     rows, slots, kv_heads, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     parts = max(1, min(-(-PROGRAMS // (rows * kv_heads)), slots // PART))
-    cached = 2 * keys.size * keys.dtype.itemsize
-    warm_share = 0 if interpret else triton_prefetch.share(warm, WARM_BYTES, rows * kv_heads * parts * WARPS, cached)
     shape = (rows, heads, head_dim)
     sums = [jax.ShapeDtypeStruct(shape, qkv.dtype)]
     if parts > 1:
         sums = [jax.ShapeDtypeStruct((parts, *s), jnp.float32) for s in (shape, shape[:2], shape[:2])]
     keys, values, *sums = call(
-        functools.partial(_kernel, heads=heads, parts=parts, block=power_of_two(BLOCK, slots), warm_share=warm_share),
+        functools.partial(_kernel, heads=heads, parts=parts, block=power_of_two(BLOCK, slots)),
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)] + sums,
         programs=(rows, kv_heads, parts),
         warps=WARPS,
         aliases={1: 0, 2: 1},
         interpret=interpret,
         name="decode_attention",
-    )(qkv, keys, values, cos, sin, start, length.reshape(1), *((warm,) if warm_share else ()))
+    )(qkv, keys, values, cos, sin, start, length.reshape(1))
     y = sums[0] if parts == 1 else _join(*sums).astype(qkv.dtype)
     return y.reshape(rows, -1), keys, values
 
@@ -81,10 +75,8 @@ def _join(sums: jax.Array, totals: jax.Array, largest: jax.Array) -> jax.Array:
 
 def _kernel(
     qkv_ref: Any, _keys: Any, _values: Any, cos_ref: Any, sin_ref: Any, start_ref: Any, length_ref: Any,
-    *refs: Any, heads: int, parts: int, block: int, warm_share: int,
+    k_ref: Any, v_ref: Any, *out_refs: Any, heads: int, parts: int, block: int,
 ) -> None:  # fmt: skip
-    *warm_refs, k_ref, v_ref = refs[: 2 + bool(warm_share)]
-    out_refs = refs[len(warm_refs) + 2 :]
     row, kv, part = (pl.program_id(i) for i in range(3))
     kv_heads, head_dim = k_ref.shape[2:]
     half, group, dtype = head_dim // 2, heads // kv_heads, qkv_ref.dtype
@@ -99,9 +91,6 @@ def _kernel(
     new_k = rotated(heads + kv)
     new_v = qkv_ref[row, pl.ds((heads + kv_heads + kv) * head_dim, head_dim)]
     queries = [tuple(x.astype(jnp.float32) * head_dim**-0.5 for x in rotated(kv * group + g)) for g in range(group)]
-    for ref in warm_refs:
-        first_warp, warps = ((row * kv_heads + kv) * parts + part) * WARPS, k_ref.shape[0] * kv_heads * parts * WARPS
-        triton_prefetch.prefetch(ref, first_warp, warps, warm_share)
 
     def begin(q: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Largest logit, sum of weights and weighted values: of the new token in the first part, elsewhere of none."""
