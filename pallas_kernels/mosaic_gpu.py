@@ -24,6 +24,7 @@ from pallas_kernels.ffn import Activation, PackedFFN, activate
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM
 SHARED_BYTES = 224 * 1024  # of the 227 KiB that a thread block can have; the rest holds barriers
 CHUNK = 256  # flags that are copied at once
+MOST = 4  # tokens
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,8 +222,8 @@ def unsupported(x: jax.Array) -> str | None:
     quantum = 512 // x.dtype.itemsize
     if reason := too_old():
         return reason
-    if not 1 <= tokens <= 4:
-        return f"expected 1 to 4 tokens, got {tokens}"
+    if not 1 <= tokens <= MOST:
+        return f"expected 1 to {MOST} tokens, got {tokens}"
     if width % quantum:
         return f"expected a width that {quantum} divides, got {width}"
     if tokens * width > 16384:
@@ -261,8 +262,8 @@ def chosen_neurons_ffn(
     x: jax.Array,
     weights: PackedFFN,
     mask: jax.Array,
-    residual: jax.Array | None,
     *,
+    residual: jax.Array | None,
     activation: Activation,
     deterministic: bool,
     interpret: Any,

@@ -3,6 +3,7 @@
     python tools/tune_kernels.py --out tune.json
     python tools/tune_kernels.py --out tune.json --ops block --batch 1 8 --shape llama2-13b --seconds 200
     python tools/tune_kernels.py --out tune.json --ops exact --only rows=16 warps=8
+    python tools/tune_kernels.py --out tune.json --ops block --batch 8 16 --only mosaic_gpu triton
     python tools/tune_kernels.py --out tune.json --ops predicted --rank 128 256 1024 --predictor int8 bfloat16
     python tools/tune_kernels.py --out tune.json --shape tiny --layers 2 --tokens 2      # anywhere, in the interpreter
 
@@ -35,6 +36,7 @@ import jax.numpy as jnp
 from pallas_kernels import Activation, PackedFFN, Predictor
 from pallas_kernels import mosaic_gpu as mosaic
 from pallas_kernels.block_sparse_ffn import mosaic_gpu as block_mosaic
+from pallas_kernels.block_sparse_ffn import mosaic_gpu_wgmma as block_wgmma
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn import triton as block
 from pallas_kernels.block_sparse_ffn.reference import Router
@@ -53,10 +55,17 @@ BLOCK = 32
 SILU, RELU = Activation("silu"), Activation("relu")
 
 
-def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning]:
+def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning | block_wgmma.Tuning]:
     """The most promising first."""
-    if tokens <= 4:
+    if tokens <= mosaic.MOST:
         yield from mosaic_tunings(tokens)
+    else:
+        yield block_wgmma.Tuning()
+        yield block_wgmma.Tuning(neurons=32)
+        yield block_wgmma.Tuning(depth=128, columns=128)
+        yield block_wgmma.Tuning(stages=4)
+        if tokens <= 8:
+            yield block_wgmma.Tuning(depth=128, columns=128, blocks=2 * mosaic.MULTIPROCESSORS)
     fma, dot = functools.partial(block.Tuning, "fma"), functools.partial(block.Tuning, "dot")
     if tokens <= 4:
         yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16)
@@ -209,10 +218,11 @@ class Bench:
             if time.perf_counter() > self.end:
                 print(f"{op}: out of time before {tuning}", flush=True)
                 return
-            backend = type(tuning).__module__.split(".")[-1]
+            backend = type(tuning).__module__.split(".")[-1].removesuffix("_wgmma")
             label = f"{backend}.{tuning}"  # as the backend's file spells it
             settings = [backend, *(f"{k}={v}" for k, v in dataclasses.asdict(tuning).items())]
-            if not all(part in settings for part in self.args.only):
+            backends = [part for part in self.args.only if "=" not in part]
+            if (backends and backend not in backends) or not set(self.args.only) <= {*backends, *settings}:
                 continue
             try:
                 run = decode_loop(layer(tuning), self.args.tokens)
@@ -322,7 +332,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9])
     parser.add_argument("--rank", type=int, nargs="+", default=[256], help="of the predictors")
     parser.add_argument("--predictor", nargs="+", default=["int8"], choices=["int8", "bfloat16"])
-    parser.add_argument("--only", nargs="*", default=[], help="tunings with all of these settings, as in rows=8")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="backends, as in triton; all of these settings, as in rows=8"
+    )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="decoded in one run")
     parser.add_argument("--repeats", type=int, default=3)

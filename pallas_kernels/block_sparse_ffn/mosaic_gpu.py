@@ -1,19 +1,28 @@
-"""The block-sparse FFN on Hopper: XLA scores the blocks, one persistent kernel streams the chosen ones."""
+"""The block-sparse FFN on Hopper: XLA scores the blocks, and kernels stream the chosen ones past the tokens.
+
+Up to four tokens are one launch on the ordinary cores (`pallas_kernels/mosaic_gpu.py`), more are two on tensor cores
+(`mosaic_gpu_wgmma.py`).
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu as shared
+from pallas_kernels import mosaic_gpu as few_tokens
+from pallas_kernels.block_sparse_ffn import mosaic_gpu_wgmma as more_tokens
 from pallas_kernels.block_sparse_ffn import reference
 from pallas_kernels.block_sparse_ffn.reference import Router
 from pallas_kernels.ffn import Activation, PackedFFN
-from pallas_kernels.mosaic_gpu import Tuning
 
 
 def unsupported(x: jax.Array, weights: PackedFFN, block_size: int) -> str | None:
-    return shared.unsupported(x)
+    tokens = x.shape[0]
+    if reason := few_tokens.too_old():
+        return reason
+    if not 1 <= tokens <= 16:
+        return f"expected 1 to 16 tokens, got {tokens}"
+    return few_tokens.unsupported(x) if tokens <= few_tokens.MOST else more_tokens.unsupported(x, block_size)
 
 
 def active_blocks(x: jax.Array, choice: Router | jax.Array | None, blocks: int) -> jax.Array:
@@ -35,16 +44,12 @@ def block_sparse_ffn(
     most: bool = False,
     deterministic: bool = False,
     interpret: Any = False,
-    tuning: Tuning | None = None,
+    tuning: few_tokens.Tuning | more_tokens.Tuning | None = None,
 ) -> jax.Array:
-    """As `reference.block_sparse_ffn`."""
-    return shared.chosen_neurons_ffn(
-        x,
-        weights,
-        active_blocks(x, choice, weights.gate.shape[0] // block_size),
-        residual,
-        activation=activation,
-        deterministic=deterministic,
-        interpret=interpret,
-        tuning=tuning,
-    )
+    """As `reference.block_sparse_ffn`. `tuning`: of the module that takes so many tokens."""
+    how: dict[str, Any] = {"residual": residual, "activation": activation, "deterministic": deterministic,
+                           "interpret": interpret, "tuning": tuning}  # fmt: skip
+    if x.shape[0] > few_tokens.MOST:
+        return more_tokens.ffn(x, weights, choice, block_size=block_size, **how)
+    mask = active_blocks(x, choice, weights.gate.shape[0] // block_size)
+    return few_tokens.chosen_neurons_ffn(x, weights, mask, **how)

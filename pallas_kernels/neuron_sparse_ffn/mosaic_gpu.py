@@ -52,7 +52,8 @@ def neuron_sparse_ffn(
     how: dict[str, Any] = {"activation": activation, "deterministic": deterministic, "interpret": interpret}
     if predictor is None:
         return _exact(x, weights, residual, **how, tuning=tuning or Tuning())
-    return shared.chosen_neurons_ffn(x, weights, predicted_neurons(x, predictor), residual, **how, tuning=tuning)
+    mask = predicted_neurons(x, predictor)
+    return shared.chosen_neurons_ffn(x, weights, mask, residual=residual, **how, tuning=tuning)
 
 
 def _exact(
