@@ -109,6 +109,17 @@ def test_block_sparse(case: Case, tuning: Any, capfd: pytest.CaptureFixture[str]
     assert_close(got, block_reference.block_sparse_ffn(*operands, **keywords), case.dtype if wide else jnp.float32)
 
 
+def test_scores_of_no_more_than_the_tokens_and_blocks() -> None:
+    """What pads either scores 0, and sigmoid(0) is above the threshold."""
+    case = Case(9, 192, 128, 16, jnp.bfloat16)
+    router = Router(random(8, 8, case.width, dtype=case.dtype, scale=0.1), jnp.full(1, 0.4))
+    x = jnp.pad(case.x(), ((0, 7), (0, 0)))
+    got = jax.jit(lambda: more_tokens._scored(x, case.tokens, router, True, Wide(depth=64, stages=2)))()
+    mask = block_reference.active_blocks(case.x(), router, 8)
+    assert 0 < mask.sum() < mask.size
+    assert (got == more_tokens._users(mask)).all()
+
+
 NEURON_CASES = {
     "exact": (Case(1, 256, 24, dtype=jnp.bfloat16, activation=RELU), Exact(blocks=2)),
     "exact, two tokens and warpgroups, a short ring": (

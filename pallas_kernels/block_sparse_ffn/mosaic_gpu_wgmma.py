@@ -1,18 +1,20 @@
-"""The block-sparse FFN of 5 to 16 tokens on Hopper: tensor cores fed by the copy engine, in two launches.
+"""The block-sparse FFN of 5 to 16 tokens on Hopper: tensor cores fed by the copy engine, in three launches.
 
 The weights are the tall side of the products, since `wgmma` takes 64 rows of it, and the tokens, padded to 8 or 16, the
 narrow one:
 
             a unit                               a step of it
+scores      16 blocks                            `depth` columns of their rows of the router, times those of x
 hidden      16 or 32 neurons of an active block  `depth` columns of their gate and up, times those of x
 output      some columns of y                    64 active neurons' rows of down, times their hidden values
 
-The hidden values are packed: those of the first active block come first. Both launches are streams of weights through a
-ring in shared memory, which one warpgroup has the copy engine (TMA) fill while another multiplies. No list of active
-blocks is made before: a thread block packs the blocks' flags into words, and finds the n-th active one by counting.
+All are streams through a ring in shared memory, which one warpgroup has the copy engine (TMA) fill while another
+multiplies. The hidden values are packed: those of the first active block come first. No launch makes a list of active
+blocks: a thread block packs the blocks' flags into words, and finds the n-th active one by counting.
 
-16 neurons' gate and up are only 32 rows. So a step fetches two slices of their columns, one below the other, and
-multiplies both with both slices of x; of the four products the two where the slices agree are the ones that count.
+Fewer than 64 rows, as gate and up of 16 neurons are, take their columns in slices, one below the other. A step fetches
+some columns of each slice and multiplies all of them with those of all slices of x; the products of a slice of weights
+with the same slice of x are the ones that count. They cost nothing: the narrow side is short of what would.
 """
 
 import functools
