@@ -62,10 +62,8 @@ def block_tunings(tokens: int) -> Iterator[block.Tuning | mosaic.Tuning | block_
     else:
         yield block_wgmma.Tuning()
         yield block_wgmma.Tuning(neurons=32)
+        yield block_wgmma.Tuning(columns=128)
         yield block_wgmma.Tuning(depth=128, columns=128)
-        yield block_wgmma.Tuning(stages=4)
-        if tokens <= 8:
-            yield block_wgmma.Tuning(depth=128, columns=128, blocks=2 * mosaic.MULTIPROCESSORS)
     fma, dot = functools.partial(block.Tuning, "fma"), functools.partial(block.Tuning, "dot")
     if tokens <= 4:
         yield fma(rows=4, chunk=4096, down_chunk=4096, warps=16)

@@ -18,6 +18,7 @@ with the same slice of x are the ones that count. They cost nothing: the narrow 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,8 +128,8 @@ class Active:
     """The blocks that some token uses, in their order, as a warpgroup sees them."""
 
     def __init__(self, users_ref: Any, warpgroup: jax.Array, scratch: Sequence[Any]):
-        self._users, loaded, words, before = scratch
-        self._words, self._before = words.at[warpgroup], before.at[warpgroup]
+        self._users, loaded, words, counts = scratch
+        self._words, counts = words.at[warpgroup], counts.at[warpgroup]
 
         @pl.when(warpgroup == PRODUCER)
         def _() -> None:
@@ -141,20 +142,13 @@ class Active:
             flags = jnp.where(used, jnp.left_shift(jnp.ones_like(lane), lane), 0)
             place = pl.ds(chunk * CHUNK[0], CHUNK[0])
             store(self._words.at[place], jnp.sum(flags, axis=1))
-            store(self._before.at[place], jnp.sum(used.astype(jnp.int32), axis=1))
+            store(counts.at[place], jnp.sum(used.astype(jnp.int32), axis=1))
         plgpu.commit_smem()
-
-        def sum_up(word: jax.Array, total: jax.Array) -> jax.Array:
-            here = self._before[word]
-            self._before[word] = total
-            return total + here
-
-        self.count = jax.lax.fori_loop(0, self._words.shape[0], sum_up, jnp.int32(0))
-        plgpu.commit_smem()
+        *self._before, self.count = itertools.accumulate((counts[w] for w in range(words.shape[1])), initial=0)
 
     @staticmethod
     def scratch(users: jax.Array) -> list[Any]:
-        """The tokens that use a block; of 32 blocks each, their flags and how many blocks before them are used."""
+        """The tokens that use a block; for each warpgroup, flags of 32 blocks a word, and how many they are."""
         words = plgpu.SMEM((2, users.shape[0] * CHUNK[0]), jnp.int32)
         return [plgpu.SMEM(users.shape, jnp.int32), plgpu.Barrier(), words, words]
 
@@ -169,14 +163,11 @@ class Active:
 
     def find(self, n: jax.Array) -> jax.Array:
         """The n-th active block, counted from 0."""
-        words = self._words.shape[0]
-        word, size = jnp.int32(0), 1 << (words - 1).bit_length()
-        while size > 1:  # the last word before which there are at most n
-            size //= 2
-            later = jnp.minimum(word + size, words - 1)
-            word = jnp.where(self._before[later] <= n, later, word)
+        word, before = jnp.int32(0), jnp.int32(0)
+        for w, count in enumerate(self._before):  # the last word before which there are at most n
+            word, before = (jnp.where(count <= n, new, old) for new, old in ((w, word), (count, before)))
         without_lowest = lambda _, flags: jnp.bitwise_and(flags, flags - 1)
-        flags = jax.lax.fori_loop(0, n - self._before[word], without_lowest, self._words[word])
+        flags = jax.lax.fori_loop(0, n - before, without_lowest, self._words[word])
         return word * CHUNK[1] + 31 - jax.lax.clz(jnp.bitwise_and(flags, -flags))
 
 
