@@ -81,7 +81,7 @@ def ffn(
 ) -> jax.Array:
     """As `reference.block_sparse_ffn`, the hidden values rounded to x's dtype."""
     tuning, tokens = tuning or Tuning(), x.shape[0]
-    in_tiles = x if tokens < 8 else jnp.pad(x, ((0, -tokens % 8), (0, 0)))  # the copy engine's tiles have 8 rows
+    in_tiles = jnp.pad(x, ((0, -tokens % 8), (0, 0)))  # the copy engine's tiles have 8 rows
     if isinstance(choice, Router) and choice.weight.dtype == x.dtype and choice.weight.shape[0] % 8 == 0:
         users = _scored(in_tiles, tokens, choice, interpret, tuning)
     else:
@@ -218,7 +218,7 @@ def _hidden(
         some,
         plan,
         [users],
-        jax.ShapeDtypeStruct((_round_up(x.shape[0], 8), most), x.dtype),
+        jax.ShapeDtypeStruct((x.shape[0], most), x.dtype),
         Active.scratch(users),
         Active.scratch_bytes(users),
         min(tuning.blocks, most // some),
@@ -248,14 +248,13 @@ def _past_x(
     interpret: Any,
     tuning: Tuning,
 ) -> jax.Array:
-    """Products of rows of [N, D] matrices with every token, which stay in shared memory.
+    """Products of rows of [N, D] matrices with every token of x [8 or 16, D], which stays in shared memory.
 
     Args:
         some: rows of each matrix a unit.
         plan: gets the warpgroup and refs to operands, result and scratch.
     """
-    tokens, width = x.shape
-    padded, slices = _round_up(tokens, 8), ROWS // (len(matrices) * some)
+    (padded, width), slices = x.shape, ROWS // (len(matrices) * some)
     room = SHARED_BYTES // x.dtype.itemsize - padded * (width + slices * tuning.depth)
     steps = pl.cdiv(width, slices * max(DEPTH, min(tuning.depth, room // (4 * ROWS)) // DEPTH * DEPTH))
     depth = _round_up(pl.cdiv(width, slices * steps), DEPTH)
@@ -269,8 +268,8 @@ def _past_x(
         @pl.when(warpgroup == PRODUCER)
         def _() -> None:
             @pl.loop(0, slices)
-            def _(i: jax.Array) -> None:  # beyond its last token and column, the copy engine fills in zeros
-                source = x_ref.at[pl.ds(0, padded), pl.ds(i * slice_width, slice_width)]
+            def _(i: jax.Array) -> None:  # behind the last column, the copy engine fills in zeros
+                source = x_ref.at[:, pl.ds(i * slice_width, slice_width)]
                 plgpu.copy_gmem_to_smem(source, x_slices.at[pl.ds(i * padded, padded)], x_loaded)
 
         @pl.when(warpgroup == CONSUMER)
@@ -379,11 +378,12 @@ def _output(
                 plgpu.commit_smem()
                 store(staged.at[:, 0], plgpu.load(sums_ref.T, layout=SMALL, optimized=False))
                 plgpu.commit_smem()
-                place = pl.ds(0, padded), pl.ds(tile * columns, columns)
-                if in_place:
-                    plgpu.copy_smem_to_gmem(staged.at[:, 0], out_ref.at[place], reduction_op="add")
-                else:
-                    plgpu.copy_smem_to_gmem(staged.at[:, 0], out_ref.at[part, *place])
+                for token in range(tokens):
+                    place = pl.ds(token, 1), pl.ds(tile * columns, columns)
+                    if in_place:
+                        plgpu.copy_smem_to_gmem(staged.at[token], out_ref.at[place], reduction_op="add")
+                    else:
+                        plgpu.copy_smem_to_gmem(staged.at[token], out_ref.at[part, *place])
 
             return Unit(jax.lax.div(steps - part + parts - 1, parts), fetch, sides, finish)
 
@@ -396,7 +396,7 @@ def _output(
         scratch=[
             *Active.scratch(users),
             plgpu.SMEM((columns, padded), jnp.float32),
-            plgpu.SMEM((padded, 1, columns), jnp.float32),  # shaped to get no tiles, which would need 8 tokens or 16
+            plgpu.SMEM((padded, 1, columns), jnp.float32),  # so shaped that it gets no tiles
         ],
         scratch_bytes=Active.scratch_bytes(users) + 2 * padded * columns * 4,
         rings=[(DEPTH, columns), (padded, DEPTH)],
