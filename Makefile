@@ -24,12 +24,13 @@ format: $(VENV)/.test
 clean:
 	rm -rf $(VENV) .demo
 
+# Python compiles what it imports; pip would compile every file of every package.
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --editable .
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --editable .
 	touch $@
 
 $(VENV)/.test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --editable '.[test,torch,lint]'
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --editable '.[test,torch,lint]'
 	touch $@

@@ -1,12 +1,13 @@
 """What the kernel tests share: the backends as they run on a CPU, and the comparison with float32."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 # How a test runs each backend here: the arguments that an operation takes. The reference itself is what they are held
 # against.
@@ -15,6 +16,12 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "triton": {"implementation": "triton", "interpret": True},
     "mosaic_tpu": {"implementation": "mosaic_tpu", "interpret": True},
 }
+
+
+def on_newest(newest: Collection[str], cases: Mapping[str, Any]) -> dict[str, Any]:
+    """The marks of each case: none of those in `newest`, `further` of the others."""
+    assert cases.keys() >= set(newest)
+    return {name: () if name in newest else pytest.mark.further for name in cases}
 
 
 def run(op: Callable[..., Any], *operands: Any, **settings: Any) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockSparse, block_sparse_matmul, pack_blocks, unpack_blocks
 from tests.aot import H100, TARGETS, compile_for
-from tests.kernels import BACKENDS, assert_close, random
+from tests.kernels import BACKENDS, assert_close, on_newest, random
 
 pytestmark = pytest.mark.every_jax
 
@@ -84,8 +84,9 @@ def product(case: Case) -> tuple[tuple[jax.Array, BlockSparse, jax.Array], Any]:
     return operands, value_and_gradients(*operands, **REFERENCE)
 
 
+MARKS = on_newest({"bfloat16", "odd sizes", "blocks of 128", "blocks of 128, nothing active", "spare room"}, CASES)
 RUNS = [
-    pytest.param(case, backend, id=f"{case_name}-{name}")
+    pytest.param(case, backend, id=f"{case_name}-{name}", marks=MARKS[case_name])
     for case_name, case in CASES.items()
     for name, backend in BACKENDS.items()
     if case.block == 128 or name != "mosaic_tpu"

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Activation, PackedFFN, Predictor, block_sparse_ffn, neuron_sparse_ffn, pack_ffn
 from pallas_kernels.ffn import activate
 from pallas_kernels.triton import erf
-from tests.kernels import BACKENDS, assert_close, random, run
+from tests.kernels import BACKENDS, assert_close, on_newest, random, run
 
 pytestmark = pytest.mark.every_jax
 
@@ -69,7 +69,8 @@ CASES = {
     "all active": Case(tokens=3, active=1.0, residual=False),
     "odd sizes": Case(tokens=3, width=80, neurons=7 * 24, block=24, activation=RELU, int8=True),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+MARKS = on_newest({"bfloat16, 16 tokens", "five tokens", "nothing active", "odd sizes"}, CASES)
+every_case = pytest.mark.parametrize("case", [pytest.param(CASES[name], id=name, marks=MARKS[name]) for name in CASES])
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 

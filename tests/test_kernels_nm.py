@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Activation, PackedNM, nm_ffn, nm_matmul, pack, unpack
 from tests.aot import H100, TARGETS, compile_for
-from tests.kernels import BACKENDS, assert_close, random, run
+from tests.kernels import BACKENDS, assert_close, on_newest, random, run
 
 pytestmark = pytest.mark.every_jax
 
@@ -153,7 +153,8 @@ CASES = {
     "4:8, bfloat16, odd sizes": Case(pattern=(4, 8), inputs=8 * 9, outputs=8 * 7, dtype=jnp.bfloat16),
     "3:16": Case(pattern=(3, 16), inputs=32, outputs=48),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+MARKS = on_newest({"one token", "bfloat16, 16 tokens", "odd sizes", "3:16"}, CASES)
+every_case = pytest.mark.parametrize("case", [pytest.param(CASES[name], id=name, marks=MARKS[name]) for name in CASES])
 
 
 @functools.cache
@@ -195,7 +196,15 @@ def test_reference_is_the_dense_product(axis: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("axes", [("output", "input"), ("input", "input"), ("output", "output"), ("input", "output")])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("output", "input"),
+        ("input", "input"),
+        pytest.param(("output", "output"), marks=pytest.mark.further),
+        pytest.param(("input", "output"), marks=pytest.mark.further),
+    ],
+)
 def test_ffn(axes: tuple[str, str], backend: dict[str, Any]) -> None:
     operands, settings, expected = fed_forward(Case(tokens=2, outputs=48), axes, Activation("fatrelu", 0.3), True)
     assert_close(run(nm_ffn, *operands, **settings, **backend), expected)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import tile_sparse_matmul
 from tests.aot import H100, TARGETS, compile_for
-from tests.kernels import BACKENDS, assert_close, random
+from tests.kernels import BACKENDS, assert_close, on_newest, random
 
 pytestmark = pytest.mark.every_jax
 
@@ -83,8 +83,9 @@ def product(case: Case, sparse: str) -> tuple[tuple[jax.Array, ...], Any]:
     return operands, value_and_gradients(sparse, case.tile, *operands, **REFERENCE)
 
 
+MARKS = on_newest({"bfloat16", "odd sizes", "blocks of 128", "blocks of 128, nothing active"}, CASES)
 RUNS = [
-    pytest.param(case, backend, id=f"{case_name}-{name}")
+    pytest.param(case, backend, id=f"{case_name}-{name}", marks=MARKS[case_name])
     for case_name, case in CASES.items()
     for name, backend in BACKENDS.items()
     if case.block == 128 or name != "mosaic_tpu"
