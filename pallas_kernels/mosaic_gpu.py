@@ -49,6 +49,12 @@ def result_of(kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Arr
     return vary_together((operands, kernel(*operands)))[1]
 
 
+def adds_in_place(x: jax.Array, deterministic: bool, interpret: Any) -> bool:
+    """Whether a kernel adds to the residual itself, in any order. The interpreter cannot, nor can a kernel take a ref
+    that varies over the axes of a mesh, which `jax.shard_map` with its checks would have it do."""
+    return not deterministic and not interpret and not jax.typeof(x).manual_axis_type.varying
+
+
 def store(ref: Any, values: jax.Array) -> None:
     """Stores an array in the layout that it has, whether or not banks conflict.
 
@@ -160,12 +166,12 @@ def launch(
     Args:
         weights: [F, D] each; the kernel sees them in panels.
         deterministic: every block stores its part, and XLA adds them up. Otherwise the copy engine adds each to the
-            residual, in any order; the interpreter cannot.
+            residual where it can (`adds_in_place`).
     Returns:
         The residual plus all parts: float32 [B, D].
     """
     tokens, width = x.shape
-    in_place = not deterministic and not interpret
+    in_place = adds_in_place(x, deterministic, interpret)
     parts_shape = (cut.warpgroups * cut.panels, *cut.shape[1:])
 
     def body(x_ref: Any, *refs: Any) -> None:

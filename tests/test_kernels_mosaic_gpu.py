@@ -386,7 +386,8 @@ def shapes(tokens: int, width: int, neurons: int, dtype: Any) -> tuple[Any, Pack
         (3, 5120, 13824, 32, jnp.float16, False),  # LLaMA2-13B
         (2, 2560, 6912, 12, jnp.float32, True),
         (8, 4096, 11008, 32, jnp.bfloat16, False),
-        (13, 5120, 13824, 128, jnp.float16, True),  # as many values of x as fit
+        (13, 5120, 13824, 64, jnp.float16, True),  # as many values of x as fit
+        (16, 4096, 14336, 112, jnp.bfloat16, False),  # Llama 3 8B, its blocks in no multiple of 64
         (5, 576, 1536, 16, jnp.bfloat16, False),  # SmolLM2
     ],
 )
@@ -403,6 +404,21 @@ def test_block_sparse_compiles_for_the_h100(
     assert launches == (1 if tokens <= shared.MOST else 3 if neurons // block % 8 == 0 else 2)
     partials = 4 * (132 if tokens <= shared.MOST else 6) * tokens * width
     assert (compiled.memory_analysis().temp_size_in_bytes >= partials) == deterministic
+
+
+@pytest.mark.parametrize("tokens", [4, 8])
+def test_block_sparse_in_shard_map_with_its_checks(tokens: int) -> None:
+    """The types that `jax.shard_map` checks agree, which the interpreter does not carry through."""
+    x, weights, _ = shapes(tokens, 1024, 2048, jnp.bfloat16)
+    router = jax.ShapeDtypeStruct((2048 // 32, 1024), jnp.bfloat16)
+    op = partial(block_sparse_ffn, activation=SILU, block_size=32, implementation="mosaic_gpu")
+    run = jax.shard_map(
+        lambda x, w, r: jax.lax.psum(op(x, w, r), "tensor"),
+        mesh=ONE,
+        in_specs=(P(), P("tensor"), P("tensor")),
+        out_specs=P(),
+    )
+    assert jax.eval_shape(run, x, weights, router).shape == x.shape
 
 
 @pytest.mark.parametrize("rank", [None, 128])

@@ -1,7 +1,7 @@
-"""The block-sparse FFN on Hopper: XLA scores the blocks, and kernels stream the chosen ones past the tokens.
+"""The block-sparse FFN on Hopper: persistent kernels stream the chosen blocks past the tokens.
 
-Up to four tokens are one launch on the ordinary cores (`pallas_kernels/mosaic_gpu.py`), more are two on tensor cores
-(`mosaic_gpu_wgmma.py`).
+Up to four tokens, XLA scores the blocks and one launch on the ordinary cores does the rest
+(`pallas_kernels/mosaic_gpu.py`). More tokens are three launches on tensor cores (`mosaic_gpu_wgmma.py`).
 """
 
 from typing import Any

@@ -14,7 +14,8 @@ blocks: a thread block packs the blocks' flags into words, and finds the n-th ac
 
 Fewer than 64 rows, as gate and up of 16 neurons are, take their columns in slices, one below the other. A step fetches
 some columns of each slice and multiplies all of them with those of all slices of x; the products of a slice of weights
-with the same slice of x are the ones that count. They cost nothing: the narrow side is short of what would.
+with the same slice of x are the ones that count. The others cost no time: a product as narrow as these takes as long
+as reading its tall side.
 """
 
 import functools
@@ -87,7 +88,7 @@ def ffn(
     else:
         users = _users(active_blocks(x, choice, weights.gate.shape[0] // block_size))
     hidden = _hidden(in_tiles, weights, users, activation, block_size, interpret, tuning)
-    return _output(tokens, hidden, weights.down, users, residual, block_size, deterministic, interpret, tuning)
+    return _output(x, hidden, weights.down, users, residual, block_size, deterministic, interpret, tuning)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def _users(mask: jax.Array) -> jax.Array:
 
 def _scored(x: jax.Array, tokens: int, router: Router, interpret: Any, tuning: Tuning) -> jax.Array:
     """As `_users`, of what a router of x's dtype and a multiple of 8 blocks chooses for the first tokens of x."""
-    blocks = router.weight.shape[0]
+    blocks, some = router.weight.shape[0], 16
     rows = _round_up(blocks, math.prod(CHUNK))
 
     def plan(warpgroup: jax.Array, refs: Sequence[Any]) -> Plan:
@@ -115,12 +116,21 @@ def _scored(x: jax.Array, tokens: int, router: Router, interpret: Any, tuning: T
             token, block = (plgpu.broadcasted_iota(jnp.int32, scores.shape, i, layout=SMALL) for i in (0, 1))
             chosen = (jax.lax.logistic(scores) > threshold_ref[0]) & (token < tokens) & (first + block < blocks)
             bits = jnp.where(chosen, jnp.left_shift(jnp.ones_like(token), token), 0)
-            store(users_ref.at[pl.ds(first, 16)], jnp.sum(bits, axis=0))
+            store(users_ref.at[pl.ds(first, some)], jnp.sum(bits, axis=0))
 
-        return Plan(jnp.int32(rows // 16), lambda number: (number * 16, True), finish)
+        return Plan(jnp.int32(rows // some), lambda number: (number * some, True), finish)
 
-    out = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    users = _past_x(x, [router.weight], 16, plan, [router.threshold], out, [], 0, rows // 16, interpret, tuning)
+    users = _past_x(
+        x,
+        [router.weight],
+        some,
+        plan,
+        [router.threshold],
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        programs=min(tuning.blocks, rows // some),
+        interpret=interpret,
+        tuning=tuning,
+    )
     return users.reshape(-1, *CHUNK)
 
 
@@ -219,11 +229,11 @@ def _hidden(
         plan,
         [users],
         jax.ShapeDtypeStruct((x.shape[0], most), x.dtype),
-        Active.scratch(users),
-        Active.scratch_bytes(users),
-        min(tuning.blocks, most // some),
-        interpret,
-        tuning,
+        scratch=Active.scratch(users),
+        scratch_bytes=Active.scratch_bytes(users),
+        programs=min(tuning.blocks, most // some),
+        interpret=interpret,
+        tuning=tuning,
     )
 
 
@@ -242,8 +252,9 @@ def _past_x(
     plan: Callable[[jax.Array, Sequence[Any]], Plan],
     operands: Sequence[jax.Array],
     out: jax.ShapeDtypeStruct,
-    scratch: Sequence[Any],
-    scratch_bytes: int,
+    *,
+    scratch: Sequence[Any] = (),
+    scratch_bytes: int = 0,
     programs: int,
     interpret: Any,
     tuning: Tuning,
@@ -255,7 +266,7 @@ def _past_x(
         plan: gets the warpgroup and refs to operands, result and scratch.
     """
     (padded, width), slices = x.shape, ROWS // (len(matrices) * some)
-    room = SHARED_BYTES // x.dtype.itemsize - padded * (width + slices * tuning.depth)
+    room = _shared_bytes(programs) // x.dtype.itemsize - padded * (width + slices * tuning.depth)
     steps = pl.cdiv(width, slices * max(DEPTH, min(tuning.depth, room // (4 * ROWS)) // DEPTH * DEPTH))
     depth = _round_up(pl.cdiv(width, slices * steps), DEPTH)
     slice_width = steps * depth
@@ -321,6 +332,7 @@ def _past_x(
             plgpu.Barrier(num_arrivals=slices),
         ],
         scratch_bytes=scratch_bytes + slices * padded * (slice_width * x.dtype.itemsize + 4 * ROWS),
+        dtype=x.dtype,
         rings=[(ROWS, depth)],
         copies=slices * len(matrices),
         sums=(ROWS, slices * padded),
@@ -331,7 +343,7 @@ def _past_x(
 
 
 def _output(
-    tokens: int,
+    x: jax.Array,
     hidden: jax.Array,
     down: jax.Array,
     users: jax.Array,
@@ -344,14 +356,14 @@ def _output(
     """The residual plus the hidden values times down: float32 [B, D].
 
     The thread blocks of the same columns share the neurons. Deterministic, each stores its sum and XLA adds them up;
-    otherwise the copy engine adds them to the residual, in any order; the interpreter cannot.
+    otherwise the copy engine adds them to the residual where it can.
     """
-    padded, (neurons, width) = hidden.shape[0], down.shape
+    (tokens, width), padded, neurons = x.shape, hidden.shape[0], down.shape[0]
     some = math.gcd(block_size, DEPTH)
     columns = min(tuning.columns, _round_up(width, DEPTH))
     tiles = pl.cdiv(width, columns)
     parts = max(1, min(tuning.blocks // tiles, pl.cdiv(neurons, DEPTH)))
-    in_place = not deterministic and not interpret
+    in_place = shared.adds_in_place(x, deterministic, interpret)
 
     def kernel(program: jax.Array, warpgroup: jax.Array, refs: Sequence[Any]) -> Work:
         users_ref, hidden_ref, down_ref, out_ref, *scratch, sums_ref, staged, down_ring, hidden_ring = refs
@@ -399,6 +411,7 @@ def _output(
             plgpu.SMEM((padded, 1, columns), jnp.float32),  # so shaped that it gets no tiles
         ],
         scratch_bytes=Active.scratch_bytes(users) + 2 * padded * columns * 4,
+        dtype=hidden.dtype,
         rings=[(DEPTH, columns), (padded, DEPTH)],
         copies=DEPTH // some + 1,
         sums=(columns, padded),
@@ -407,8 +420,7 @@ def _output(
         interpret=interpret,
     )
     if in_place:
-        y = jnp.zeros((tokens, width), jnp.float32) if residual is None else residual
-        out = jax.new_ref(y)
+        out = jax.new_ref(jnp.zeros_like(x, jnp.float32) if residual is None else residual)
         run(out)
         return jax.freeze(out)
     y = jnp.sum(run(jax.ShapeDtypeStruct((parts, tokens, width), jnp.float32)), axis=0)
@@ -417,6 +429,11 @@ def _output(
 
 def _round_up(n: Any, to: int) -> Any:
     return (n + to - 1) // to * to
+
+
+def _shared_bytes(programs: int) -> int:
+    """What a thread block can have of shared memory."""
+    return SHARED_BYTES // pl.cdiv(programs, MULTIPROCESSORS)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,6 +464,7 @@ def _launch(
     *,
     scratch: Sequence[Any],
     scratch_bytes: int,
+    dtype: Any,
     rings: Sequence[tuple[int, int]],
     copies: int,
     sums: tuple[int, int],
@@ -457,15 +475,13 @@ def _launch(
     """Runs the work that kernel(program, warpgroup, refs) returns; the refs are to operands, result, scratch and rings.
 
     Args:
-        operands: the second has the dtype of the rings.
         out: the result's shape, or a ref in memory to add to.
         scratch: the kernel's own, of so many bytes.
-        rings: shapes of a step's parts.
+        dtype, rings: of a step's parts, and their shapes.
         copies: how many fill a step.
         sums: shape of a unit's sum.
     """
-    dtype = operands[1].dtype
-    free = SHARED_BYTES // pl.cdiv(programs, MULTIPROCESSORS) - scratch_bytes
+    free = _shared_bytes(programs) - scratch_bytes
     stages = max(2, min(stages, free // (dtype.itemsize * sum(math.prod(ring) for ring in rings))))
 
     def body(*refs: Any) -> None:
