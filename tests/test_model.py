@@ -128,6 +128,12 @@ def test_logits_loss_and_every_gradient_equal_pytorch(changes):
     assert_trees_close(gradients, expected_gradients, rtol=1e-4)
 
 
+def test_abstract_trees_are_the_callers_own():
+    config = tiny_config()
+    del model.abstract(config)["layers"]["ffn"]["gate"]
+    assert model.abstract(config)["layers"]["ffn"]["gate"].shape == (2, 32, 48)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch_equals_pytorch(side):
     config = tiny_config()

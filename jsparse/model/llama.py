@@ -84,8 +84,13 @@ def _init(key: jax.Array, config: LlamaConfig) -> Params:
 
 def abstract(config: LlamaConfig, dtype: Any = None) -> Params:
     """The tree's shapes and dtypes, at no cost for any size of model."""
-    tree = jax.eval_shape(functools.partial(_init, config=config), jax.eval_shape(lambda: jax.random.key(0)))
+    tree = jax.tree.map(lambda x: x, _cached_abstract(_declared(config)))  # the caller's own
     return tree if dtype is None else jax.eval_shape(lambda p: cast(p, config, dtype), tree)
+
+
+@functools.cache
+def _cached_abstract(config: LlamaConfig) -> Params:
+    return jax.eval_shape(functools.partial(_init, config=config), jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def logical_axes(config: LlamaConfig) -> Params:
@@ -111,9 +116,14 @@ def _metadata(config: LlamaConfig, read: Callable[[Any, bool], Any]) -> Params:
 
 def _split(module: Any, config: LlamaConfig, *shape: LayerShape) -> tuple[Any, Any]:
     """Graph definition and abstract state of a module: the only place where modules and trees part."""
-    # Of the activation only Cett changes what is declared; the others may hold a traced threshold, which has no hash.
+    return _cached_split(module, dataclasses.replace(_declared(config), layers=None), *shape)
+
+
+def _declared(config: LlamaConfig) -> LlamaConfig:
+    """A config of the same parameters that has a hash: of the activation only Cett changes what is declared, the others
+    may hold a traced threshold."""
     activation = config.activation if isinstance(config.activation, Cett) else Relu()
-    return _cached_split(module, dataclasses.replace(config, activation=activation, layers=None), *shape)
+    return dataclasses.replace(config, activation=activation)
 
 
 @functools.cache
