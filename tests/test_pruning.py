@@ -443,7 +443,8 @@ def test_statistics_of_attention():
     fed = jnp.einsum("BTF,FD->BTD", trace.hidden, layer["ffn"]["down"])
     np.testing.assert_allclose(y, x + attended + fed, rtol=1e-4, atol=1e-4)
     plan = (("attention.query", SparseGpt()), ("attention.output", Wanda()))
-    middle, stats = block_statistics(layer, x, jnp.asarray([True, True, False]), CONFIG, needs(plan))
+    measured = jax.jit(block_statistics, static_argnames=("config", "needs"))
+    middle, stats = measured(layer, x, jnp.asarray([True, True, False]), config=CONFIG, needs=needs(plan))
     np.testing.assert_allclose(middle, x + attended, rtol=1e-4, atol=1e-4)
     assert set(stats) == {"attention", "heads"} and stats["heads"].gram is None
     a = np.asarray(trace.attention[:2]).reshape(16, -1)

@@ -164,7 +164,7 @@ class _Blocks:
         self.places: list[Any] = [None] * len(found)
         if mesh is not None:
             self.places = jax.tree.leaves(model.shardings(config, mesh))
-        self.stream: Stream = []
+        self.stream: Stream | None = None
         self.reported: list[MatrixReport] = []
         self.done = 0
         self.waiting: dict[tuple[int, str], jax.Array] = {}
@@ -215,7 +215,7 @@ class _Blocks:
 
     def _next(self) -> None:
         i = self.done
-        pruned = prune_next(self._layer(i), i, self.stream, self.config, self.todo[i], self.pattern)
+        pruned, self.stream = prune_next(self._layer(i), i, self.stream, self.config, self.todo[i], self.pattern)
         self.reported += pruned.rows
         self.waiting |= {(i, name): x for name, x in pruned.weights.items()}
         self.done += 1

@@ -155,19 +155,30 @@ def mix_heads(
     return checkpoint_name(y[..., :width], "attention"), cache
 
 
-_STRETCH = 256  # queries at once on a CPU
+_STRETCH = 128  # queries at once on a CPU
 
 
 def _causal_by_stretches(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
     """Causal attention, one stretch of queries after another, each to the keys up to its end: half the products, and
-    scores that stay in a processor's cache. At 2048 tokens it takes 0.4 of the time of all at once."""
+    scores that stay in a processor's cache. The queries that share a key-value head are rows of one product, in order
+    of time. At 2048 tokens it takes a fifth of the time of all at once."""
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    q, k, v = (jnp.moveaxis(x.reshape(batch, length, kv_heads, -1, width), 1, 2).reshape(batch, kv_heads, -1, width)
+               for x in (q, k, v))  # fmt: skip
     done = []
-    for start in range(0, q.shape[1], _STRETCH):
-        end = min(start + _STRETCH, q.shape[1])
-        seen = jnp.tril(jnp.ones((end - start, end), bool), k=start)[None, None]
-        done.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=seen, scale=scale,
-                                                 implementation="xla"))  # fmt: skip
-    return jnp.concatenate(done, axis=1)
+    size = max(_STRETCH, -(-length // 16))  # long sequences: no more than 16 stretches to compile
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        times = jnp.repeat(jnp.arange(start, end), group)  # of the rows
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q[:, :, start * group : end * group], k[:, :, :end],
+                            preferred_element_type=jnp.float32)  # fmt: skip
+        seen = times[:, None] >= jnp.arange(end)[None]
+        weights = jax.nn.softmax(jnp.where(seen, scale * scores, -jnp.inf), axis=-1).astype(v.dtype)
+        done.append(jnp.einsum("BKRS,BKSH->BKRH", weights, v[:, :, :end]))
+    y = jnp.concatenate(done, axis=2).reshape(batch, kv_heads, length, group, width)
+    return jnp.moveaxis(y, 1, 2).reshape(batch, length, heads, width)
 
 
 def _implementation(attend: Attend, q: jax.Array) -> Literal["xla", "cudnn"]:
