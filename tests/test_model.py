@@ -233,9 +233,11 @@ ONE_BY_ONE = (1,) * 10
 CHUNKED = (4, 4, 1, 1)
 
 
-def test_causal_attention_by_stretches(monkeypatch):
-    """What a CPU does with long sequences, stretch by stretch, the last one shorter: values and gradients."""
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 20, heads, 4)) for i, heads in enumerate((4, 2, 2)))
+@pytest.mark.parametrize("length", [20, 34])
+def test_causal_attention_by_stretches(monkeypatch, length):
+    """What a CPU does with long sequences, stretch by stretch, the last one shorter: values and gradients. Of 34 tokens
+    the stretches are longer than asked for, as there are 16 at most."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, length, heads, 4)) for i, heads in enumerate((4, 2, 2)))
 
     def whole(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=0.3)
@@ -243,7 +245,7 @@ def test_causal_attention_by_stretches(monkeypatch):
     def loss(attend):
         return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v))), argnums=(0, 1, 2)))
 
-    monkeypatch.setattr(modules, "_STRETCH", 8)
+    monkeypatch.setattr(modules, "_STRETCH", 8 if length == 20 else 2)
     with jax.numpy_dtype_promotion("standard"):
         got, expected = loss(lambda *x: modules._causal_by_stretches(*x, 0.3))(q, k, v), loss(whole)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
