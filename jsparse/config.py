@@ -592,6 +592,9 @@ class Hold:
     pattern: str | None = None  # N:M, or a share such as 0.5, that the starting model must have
     scope: Literal["mlp", "all"] = "mlp"  # whose matrices must have it: the MLP's, or attention's too
 
+    def __post_init__(self) -> None:
+        check(self.pattern is not None or self.scope == "mlp", "scope", "a pattern beside it", self.scope)
+
 
 @dataclass(frozen=True)
 class MeshConfig:
