@@ -37,8 +37,8 @@ def made(config, seed=0):
         tiny_config(attention_bias=True, mlp_bias=True),
         tiny_config(activation=Cett(), tie_word_embeddings=True, num_key_value_heads=4),
         tiny_config(activation=Relu(), router=Router(8)),
-        tiny_config(router=Router(16, mode="soft")),
-        tiny_config(router=Router(4, mode="oracle")),
+        pytest.param(tiny_config(router=Router(16, mode="soft")), marks=pytest.mark.further),
+        pytest.param(tiny_config(router=Router(4, mode="oracle")), marks=pytest.mark.further),
         tiny_config(router=Router(8, mode="softmax"), activation=Gelu()),
     ],
 )
@@ -91,8 +91,8 @@ def test_half_precision_keeps_the_routers_own_choice():
     [
         ROUTED,
         tiny_config(eos_token_id=None, activation=Relu()),
-        tiny_config(eos_token_id=None, activation=FatRelu(0.3)),
-        tiny_config(eos_token_id=None, activation=Cats(0.2)),
+        pytest.param(tiny_config(eos_token_id=None, activation=FatRelu(0.3)), marks=pytest.mark.further),
+        pytest.param(tiny_config(eos_token_id=None, activation=Cats(0.2)), marks=pytest.mark.further),
         tiny_config(eos_token_id=None, activation=Cett()),
     ],
     ids=["blocks", "relu", "fatrelu", "cats", "cett"],
@@ -210,8 +210,8 @@ def test_auto_takes_the_faster_path(monkeypatch):
     "config",
     [
         tiny_config(),
-        tiny_config(activation=ShiftedRelu()),
-        tiny_config(activation=Relu(), mlp_bias=True),
+        pytest.param(tiny_config(activation=ShiftedRelu()), marks=pytest.mark.further),
+        pytest.param(tiny_config(activation=Relu(), mlp_bias=True), marks=pytest.mark.further),
         tiny_config(router=Router(8, mode="soft")),
     ],
 )
