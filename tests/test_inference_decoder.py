@@ -118,20 +118,27 @@ def test_dense_streams_through_the_kernels(config):
     np.testing.assert_allclose(step("triton"), step("xla"), rtol=1e-5, atol=1e-4)
 
 
+def half_kept(config):
+    """Parameters with 2:4 along the neurons, as DaSS prunes."""
+    params, keep = made(config), np.arange(48) % 4 < 2
+    for name, shape in (("gate", (1, 1, 48)), ("up", (1, 1, 48)), ("down", (1, 48, 1))):
+        params["layers"]["ffn"][name] = jnp.where(keep.reshape(shape), params["layers"]["ffn"][name], 0.0)
+    return params
+
+
 def test_packed_matrices_give_the_tokens_of_the_dense_ones():
     config = tiny_config(eos_token_id=None)
-    params = made(config)
-    for name, axis in (("gate", 2), ("up", 2), ("down", 1)):  # 2:4 along the neurons, as DaSS prunes
-        keep = np.arange(48) % 4 < 2
-        shape = [1, 1, 1]
-        shape[axis] = 48
-        params["layers"]["ffn"][name] = jnp.where(keep.reshape(shape), params["layers"]["ffn"][name], 0.0)
+    params = half_kept(config)
     packed = pack(pack_params(params), config)
     assert decoder.sparse_kind(packed.layers[0].ffn, config) == "packed"
     assert sum(x.nbytes for x in jax.tree.leaves(packed)) < sum(x.nbytes for x in jax.tree.leaves(pack(params, config)))
     dense = generate(pack(params, config), config, PROMPTS, max_new_tokens=8)
-    found = generate(packed, config, PROMPTS, max_new_tokens=8)
-    assert found.tokens == dense.tokens and found.implementation == "sparse"
+    for implementation in ("sparse", "auto"):
+        found = generate(packed, config, PROMPTS, max_new_tokens=8, implementation=implementation)
+        assert found.tokens == dense.tokens
+    assert found.implementation == "dense"  # on a CPU no kernel makes it faster, so it is unpacked, and that once
+    whole = jax.tree.map(jnp.shape, decoder.unpacked(packed))
+    assert whole == jax.tree.map(jnp.shape, pack(params, config))
 
 
 def test_stacked_and_unstacked_layers_pack_alike():
@@ -204,6 +211,11 @@ def test_auto_takes_the_faster_path(monkeypatch):
     assert costs.choose(packed, ROUTED, 3, low) == "dense"  # more rows than were measured
     plain = tiny_config(activation=Silu())
     assert costs.choose(pack(made(plain), plain), plain, 1, low) == "dense"
+
+    half, ones = pack(pack_params(half_kept(plain)), plain), np.ones(2)
+    monkeypatch.setattr(costs, "LINES", {weights: {"dense": lines["dense"], "packed": {1: costs.Line(0.0, 1e3)}}})
+    assert costs.choose(half, plain, 1, ones) == "sparse"
+    assert costs.choose(half, plain, 2, ones) == "dense"  # packed, more rows were not measured
 
 
 @pytest.mark.parametrize(

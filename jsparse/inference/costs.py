@@ -30,7 +30,8 @@ class Line:
 Lines = dict[Kind | Literal["dense"], dict[int, Line]]  # by what is computed, then by the rows of the batch
 
 # By the bytes of an FFN that was measured, of which the nearest counts: small layers neither fill a GPU nor start as
-# large ones do. A batch takes the next larger entry. bfloat16 on an H100 80GB HBM3; docs/results/ffn_*.json.
+# large ones do. A batch takes the next larger entry. bfloat16 on an H100 80GB HBM3; docs/results/ffn_*.json. At 8
+# and 16 rows "blocks" is Triton's kernel; Mosaic GPU's, taken there since, was faster where it was measured.
 LINES: dict[int, Lines] = {
     270_532_608: {  # LLaMA2-7B
         "dense": {1: Line(8.9, 3.07e6), 2: Line(7.7, 3.07e6), 4: Line(10.7, 3.07e6), 8: Line(14.2, 3.06e6),
@@ -39,6 +40,7 @@ LINES: dict[int, Lines] = {
                    16: Line(42.7, 3.11e6)},
         "neurons": {1: Line(11.3, 3.08e6), 2: Line(11.6, 2.38e6), 4: Line(25.8, 1.89e6), 8: Line(95.4, 0.42e6)},
         "predicted": {1: Line(16.6, 2.80e6), 2: Line(19.2, 2.06e6), 4: Line(29.1, 1.51e6), 8: Line(66.8, 0.46e6)},
+        "packed": {1: Line(13.0, 3.06e6)},  # one size only; of more rows it is slower than dense
     },
     5_308_416: {  # SmolLM2-135M
         "dense": {1: Line(9.7, 3.07e6), 8: Line(8.5, 3.06e6)},
@@ -55,18 +57,17 @@ def choose(decoder: Decoder, config: LlamaConfig, batch: int, shares: np.ndarray
     Dense where it is not known: on other devices than GPUs, and for larger batches than were measured.
     """
     kinds = [sparse_kind(layer.ffn, config) for layer in decoder.layers]
-    if "packed" in kinds:
-        return "sparse"  # what is dense would have to be unpacked at every step
     if shares is None or jax.default_backend() != "gpu":
         return "dense"
     dense_us = sparse_us = 0.0
     for layer, kind, share in zip(decoder.layers, kinds, shares, strict=True):
         ffn = layer.ffn
-        lines = LINES[min(LINES, key=lambda size: abs(math.log(size / _nbytes(ffn.weights))))]
+        matrices = _dense_nbytes(ffn)
+        lines = LINES[min(LINES, key=lambda size: abs(math.log(size / matrices)))]
         dense, sparse = _line(lines, "dense", batch), _line(lines, kind or "dense", batch)
         if dense is None or sparse is None:
             return "dense"
-        whole = _nbytes(ffn.weights) + _nbytes(ffn.router)  # routers mask the dense implementation too
+        whole = matrices + _nbytes(ffn.router)  # routers mask the dense implementation too
         dense_us += dense.us(whole)
         sparse_us += sparse.us(bytes_read(ffn, kind, float(share)) if kind else whole)
     return "sparse" if sparse_us < dense_us else "dense"
@@ -87,8 +88,13 @@ def bytes_read(ffn: Ffn, kind: Kind, share: float) -> float:
 
 
 def _line(lines: Lines, name: Kind | Literal["dense"], batch: int) -> Line | None:
-    fitting = [rows for rows in lines[name] if rows >= batch]
+    fitting = [rows for rows in lines.get(name, ()) if rows >= batch]
     return lines[name][min(fitting)] if fitting else None
+
+
+def _dense_nbytes(ffn: Ffn) -> int:
+    """Of the FFN's matrices, packed ones unpacked."""
+    return sum(math.prod(w.shape) * w.dtype.itemsize for w in ffn.weights)
 
 
 def _nbytes(tree: object) -> int:

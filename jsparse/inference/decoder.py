@@ -157,6 +157,18 @@ def _ffn_weights(gate: Any, up: Any, down: Any) -> PackedFFN | NMFfn:
     return pack_ffn(*(unpack(w) if isinstance(w, PackedNM) else w for w in (gate, up, down)))
 
 
+def unpacked(decoder: Decoder) -> Decoder:
+    """With dense weights in place of packed N:M ones: more memory, for steps that packed ones would not make faster."""
+    return decoder._replace(layers=tuple(
+        layer._replace(ffn=layer.ffn._replace(weights=_unpacked(layer.ffn.weights))) for layer in decoder.layers
+    ))  # fmt: skip
+
+
+@jax.jit
+def _unpacked(weights: PackedFFN | NMFfn) -> PackedFFN:
+    return pack_ffn(*map(unpack, weights)) if isinstance(weights, NMFfn) else weights
+
+
 def _outputs_first(matrix: jax.Array) -> jax.Array:
     """[D, outputs...] -> [outputs, D]."""
     return matrix.reshape(matrix.shape[0], -1).T
@@ -441,8 +453,7 @@ def whole_ffn(
 
 def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig, predicted: bool = False) -> jax.Array:
     """FFN(x) with every neuron computed, those of no use in vain: x [..., D] -> float32 [..., D]."""
-    if isinstance(ffn.weights, NMFfn):
-        ffn = ffn._replace(weights=pack_ffn(*map(unpack, ffn.weights)))
+    ffn = ffn._replace(weights=_unpacked(ffn.weights))
     hidden = _gate(ffn, x, config) * _add(_product(x, ffn.weights.up), ffn.up_bias).astype(x.dtype)
     if ffn.cutoff is not None:
         kept = jnp.abs(hidden).astype(jnp.float32) >= _along(ffn.cutoff, hidden)

@@ -95,7 +95,8 @@ def generate(
         on_token: called with (row, id) of every new token, as they come.
         implementation: how a step computes its FFNs: "dense" whole, "sparse" by the best kernel that skips what is not
             used, a kernel's name by that one; "auto" is the faster of the first two, given what the prompt used of the
-            model (`jsparse.inference.costs`). Prompts are computed dense.
+            model (`jsparse.inference.costs`). Prompts are computed dense. "dense" unpacks packed N:M weights first: it
+            takes the memory of the dense ones beside them, which "sparse" does not.
 
     Raises:
         ConfigError: no prompt, an empty one, unknown ids, more tokens than the model has positions, or an
@@ -145,6 +146,8 @@ def generate(
     if implementation == "auto":
         shares = jax.device_get(shares)
         implementation = choose(params, config, batch, shares) if isinstance(params, Decoder) else "dense"
+    if implementation == "dense" and isinstance(params, Decoder):
+        params = decoder.unpacked(params)  # once, not at every step
     decode = functools.partial(_decode, config=config, implementation=implementation)
     state = decode(params, state, choice, 0)  # decodes nothing, but compiles
     known = _take(state, length, texts, stops, on_token)
