@@ -21,6 +21,7 @@ from pallas_kernels import (
     neuron_sparse_ffn,
     tile_sparse_matmul,
 )
+from pallas_kernels.block_sparse_ffn import api as block_api
 from pallas_kernels.block_sparse_ffn import reference as block_reference
 from pallas_kernels.block_sparse_ffn.reference import Router
 from pallas_kernels.block_sparse_matmul import api as block_product_api
@@ -338,6 +339,17 @@ def test_product_goes_to_it_on_hopper(
     monkeypatch.setattr(block_product_api, "_matmul", lambda module, *_: called.append(module.__name__))
     x, weight, _ = Product(64, 64, 64, 64, 1.0, dtype).operands()
     block_sparse_matmul(x, weight)
+    assert called[0].rpartition(".")[2] == chosen
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [(4, "triton"), (5, "mosaic_gpu"), (16, "mosaic_gpu")])
+def test_ffn_of_more_tokens_goes_to_it_on_hopper(tokens: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    called = []
+    monkeypatch.setattr(block_api, "sparse_ffn", lambda body, x, *_: called.append(body.run.__module__) or x)
+    case = Case(tokens, 128, 64, 32, jnp.bfloat16)
+    block_sparse_ffn(case.x(), case.weights(), mask=jnp.ones((tokens, 2), bool), block_size=32, activation=SILU)
     assert called[0].rpartition(".")[2] == chosen
 
 
