@@ -161,7 +161,7 @@ _STRETCH = 128  # queries at once on a CPU
 def _causal_by_stretches(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
     """Causal attention, one stretch of queries after another, each to the keys up to its end: half the products, and
     scores that stay in a processor's cache. The queries that share a key-value head are rows of one product, in order
-    of time. At 2048 tokens it takes a fifth of the time of all at once."""
+    of time. At 2048 tokens it takes 0.4 of the time of all at once."""
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
