@@ -137,8 +137,10 @@ def test_packed_matrices_give_the_tokens_of_the_dense_ones():
         found = generate(packed, config, PROMPTS, max_new_tokens=8, implementation=implementation)
         assert found.tokens == dense.tokens
     assert found.implementation == "dense"  # on a CPU no kernel makes it faster, so it is unpacked, and that once
-    whole = jax.tree.map(jnp.shape, decoder.unpacked(packed))
-    assert whole == jax.tree.map(jnp.shape, pack(params, config))
+    whole = decoder.unpacked(packed)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, pack(params, config))
+    again = decoder.unpacked(whole)
+    assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True))  # no copies
 
 
 def test_stacked_and_unstacked_layers_pack_alike():

@@ -158,15 +158,20 @@ def _ffn_weights(gate: Any, up: Any, down: Any) -> PackedFFN | NMFfn:
 
 
 def unpacked(decoder: Decoder) -> Decoder:
-    """With dense weights in place of packed N:M ones: more memory, for steps that packed ones would not make faster."""
+    """With dense weights in place of packed N:M ones: more memory, for steps that packed ones would not make faster.
+    What is dense is shared with `decoder`."""
     return decoder._replace(layers=tuple(
-        layer._replace(ffn=layer.ffn._replace(weights=_unpacked(layer.ffn.weights))) for layer in decoder.layers
+        layer._replace(ffn=layer.ffn._replace(weights=_dense_weights(layer.ffn.weights))) for layer in decoder.layers
     ))  # fmt: skip
 
 
+def _dense_weights(weights: PackedFFN | NMFfn) -> PackedFFN:
+    return _unpack_ffn(weights) if isinstance(weights, NMFfn) else weights  # not within jit, which would copy it
+
+
 @jax.jit
-def _unpacked(weights: PackedFFN | NMFfn) -> PackedFFN:
-    return pack_ffn(*map(unpack, weights)) if isinstance(weights, NMFfn) else weights
+def _unpack_ffn(weights: NMFfn) -> PackedFFN:
+    return pack_ffn(*map(unpack, weights))
 
 
 def _outputs_first(matrix: jax.Array) -> jax.Array:
@@ -453,7 +458,7 @@ def whole_ffn(
 
 def dense_ffn(ffn: Ffn, x: jax.Array, config: LlamaConfig, predicted: bool = False) -> jax.Array:
     """FFN(x) with every neuron computed, those of no use in vain: x [..., D] -> float32 [..., D]."""
-    ffn = ffn._replace(weights=_unpacked(ffn.weights))
+    ffn = ffn._replace(weights=_dense_weights(ffn.weights))
     hidden = _gate(ffn, x, config) * _add(_product(x, ffn.weights.up), ffn.up_bias).astype(x.dtype)
     if ffn.cutoff is not None:
         kept = jnp.abs(hidden).astype(jnp.float32) >= _along(ffn.cutoff, hidden)
