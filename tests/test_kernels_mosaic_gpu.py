@@ -27,6 +27,7 @@ from pallas_kernels.block_sparse_ffn.reference import Router
 from pallas_kernels.block_sparse_matmul import api as block_product_api
 from pallas_kernels.block_sparse_matmul import reference as matmul_reference
 from pallas_kernels.neuron_sparse_ffn import reference as neuron_reference
+from pallas_kernels.tile_sparse_matmul import api as tile_product_api
 from pallas_kernels.tile_sparse_matmul import reference as tile_reference
 from tests.aot import H100, compile_for
 from tests.kernels import assert_close, random
@@ -330,16 +331,16 @@ def test_has_to_be_named(block: int, chosen: str, monkeypatch: pytest.MonkeyPatc
     ("capability", "dtype", "chosen"),
     [("9.0", jnp.bfloat16, "mosaic_gpu"), ("9.0", jnp.float32, "triton"), ("8.0", jnp.bfloat16, "triton")],
 )
-def test_product_goes_to_it_on_hopper(
-    capability: str, dtype: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_go_to_it_on_hopper(capability: str, dtype: Any, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     called = []
-    monkeypatch.setattr(block_product_api, "_matmul", lambda module, *_: called.append(module.__name__))
+    for api in (block_product_api, tile_product_api):
+        monkeypatch.setattr(api, "_matmul", lambda module, *_: called.append(module.__name__.rpartition(".")[2]))
     x, weight, _ = Product(64, 64, 64, 64, 1.0, dtype).operands()
     block_sparse_matmul(x, weight)
-    assert called[0].rpartition(".")[2] == chosen
+    tile_sparse_matmul(x, jnp.zeros((64, 64), dtype), jnp.ones((1, 1), bool), sparse="outputs", tile_size=64)
+    assert called == [chosen, chosen]
 
 
 @pytest.mark.parametrize(("tokens", "chosen"), [(4, "triton"), (5, "mosaic_gpu"), (16, "mosaic_gpu")])
